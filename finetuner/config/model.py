@@ -1,0 +1,108 @@
+"""The nouns that say which model learns, and with what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from finetuner.config.node import Node, node, refuse
+
+Compute = Literal["bfloat16", "float32"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+Positive = Annotated[int, Field(gt=0)]
+Name = Annotated[str, Field(min_length=1)]
+Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
+
+
+@node
+class Fresh(Node):
+    """A model made from a transformers config and random weights: for pretraining from nothing, and for tests."""
+
+    config: Mapping[str, Any]
+    """What transformers' `AutoConfig.for_model` takes, `model_type` included; `vocab_size` follows the tokenizer."""
+    tokenizer: Name
+    """Folder or hub name of the tokenizer."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if "model_type" not in self.config:
+            refuse("E-MODEL-FRESH", "Fresh.config needs 'model_type'", fits="{'model_type': 'llama', ...}")
+
+
+@node
+class LoRA(Node):
+    """Low-rank adapters beside frozen weights (Hu et al. 2021, arXiv:2106.09685): W x + (alpha / rank) B A x."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | tuple[Name, ...] = "all-linear"
+    """Names of the linear layers that get an adapter; "all-linear" is each of them but the head."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
+    dora: bool = False
+    """Learn direction and magnitude apart (Liu et al. 2024, arXiv:2402.09353)."""
+    modules_to_save: tuple[Name, ...] = ()
+    """Modules trained whole beside the adapters, such as "lm_head"."""
+    start: Name | None = None
+    """Folder of an adapter to go on from; its rank, alpha and targets must be these."""
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            refuse("E-LORA-TARGETS", "LoRA.targets is empty", fits='"all-linear" or names of linear layers')
+
+
+@node
+class NF4(Node):
+    """Frozen weights in 4-bit NormalFloat (Dettmers et al. 2023, arXiv:2305.14314), through bitsandbytes."""
+
+    double_quant: bool = True
+    """Quantise the quantisation constants too: about 0.4 bit a weight less."""
+
+
+@node
+class CausalLM(Node):
+    """A language model of transformers: full, LoRA or QLoRA."""
+
+    path: Name | Fresh
+    """Folder or hub name of the pretrained model, or a `Fresh` one."""
+    adapter: LoRA | None = None
+    """None trains the weights themselves."""
+    quant: NF4 | None = None
+    dtype: Compute = "bfloat16"
+    """What the forward and backward passes compute in. Trained weights and optimizer state are float32 always."""
+    attention: Attention = "auto"
+    """"auto" keeps packed samples apart by finetuner's own attention; the others are transformers'."""
+    checkpointing: bool = True
+    """Recompute activations in the backward pass: far less memory, about a third more time."""
+    tokenizer: Name | None = None
+    """None: the model's own."""
+    template: Name | None = None
+    """Chat template: a bundled name ("chatml", "llama3", ...), a file, or None for the tokenizer's own."""
+    new_tokens: tuple[Name, ...] = ()
+    """Special tokens added to the vocabulary; their rows start as the mean of the others and are trained."""
+    freeze: tuple[Name, ...] = ()
+    """Patterns (`fnmatch`) of parameter names that do not train, such as "model.embed_tokens.*"."""
+    neftune: Annotated[float, Field(gt=0)] | None = None
+    """Noise on the embeddings, alpha of NEFTune (Jain et al. 2023, arXiv:2310.05914)."""
+    revision: Name | None = None
+    remote_code: Commit | None = None
+    """The commit whose Python code on the hub may run. None: no code from a model folder is ever executed."""
+
+    def __post_init__(self) -> None:
+        if self.quant is not None and self.adapter is None:
+            refuse(
+                "E-QUANT-FULL",
+                "4-bit weights cannot be trained themselves",
+                found="quant=NF4() without an adapter",
+                fits="adapter=LoRA() (QLoRA), or quant=None",
+                remedy="add adapter=LoRA()",
+            )
+        if self.adapter is not None and self.freeze:
+            refuse("E-FREEZE-ADAPTER", "freeze has no effect beside an adapter, which freezes all else",
+                   remedy="remove freeze, or choose LoRA.targets")
+        if isinstance(self.path, Fresh) and (self.quant or self.adapter or self.tokenizer or self.revision):
+            refuse("E-MODEL-FRESH", "a Fresh model is trained whole and names its own tokenizer",
+                   found="quant, adapter, tokenizer or revision beside Fresh", remedy="remove them")

@@ -1,0 +1,175 @@
+"""The nouns of a run: how it learns, how long, what it writes along the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetuner.config.data import Data, Dialogues, Documents, Mix
+from finetuner.config.model import CausalLM
+from finetuner.config.node import Node, node, refuse
+
+Name = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(gt=0, le=10)]
+
+
+@node
+class Steps(Node):
+    """A duration in optimizer steps."""
+
+    count: Positive
+
+
+@node
+class Epochs(Node):
+    """A duration in passes over the data."""
+
+    count: Annotated[float, Field(gt=0)]
+
+
+@node
+class AdamW(Node):
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101). Norms, biases and embeddings never decay."""
+
+    lr: Rate
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of a step's gradient; None does not clip."""
+    rates: Mapping[str, Rate] = Field(default_factory=dict)
+    """Learning rates of parts by name pattern (`fnmatch`); the first match counts: {"*embed*": 1e-5}."""
+    bits: Literal[32, 8] = 32
+    """8 keeps the moments in 8 bits, through bitsandbytes (CUDA)."""
+
+
+@node
+class Constant(Node):
+    """Warms up, then holds the rate."""
+
+    warmup: Fraction | Steps = 0.0
+    """A share of all steps, or `Steps(n)`."""
+
+
+@node
+class Linear(Node):
+    """Warms up, then falls in a line to `floor` times the rate."""
+
+    warmup: Fraction | Steps = 0.03
+    floor: Fraction = 0.0
+
+
+@node
+class Cosine(Node):
+    """Warms up, then falls along half a cosine to `floor` times the rate (arXiv:1608.03983)."""
+
+    warmup: Fraction | Steps = 0.03
+    floor: Fraction = 0.0
+
+
+@node
+class WSD(Node):
+    """Warms up, holds, then falls in a line over the last `decay` share of the steps (arXiv:2404.06395)."""
+
+    warmup: Fraction | Steps = 0.03
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.1
+    floor: Fraction = 0.0
+
+
+Schedule = Constant | Linear | Cosine | WSD
+
+
+@node
+class BatchSize(Node):
+    """Rows of one optimizer step over all devices; how often gradients accumulate follows from it."""
+
+    total: Positive
+    per_device: Positive = 1
+    """Rows that a device takes at once."""
+
+
+@node
+class Torch(Node):
+    """Plain torch: one device, or data parallel over several processes."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto" takes CUDA when there is one."""
+
+
+Engine = Torch
+
+
+@node
+class Eval(Node):
+    """Validation loss along the run, on data of its own or on a `fraction` held out of the training data."""
+
+    data: Dialogues | Documents | None = None
+    fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    every: Steps | None = None
+    """None: at each save."""
+    patience: Positive | None = None
+    """Stop after this many evaluations without a better loss."""
+
+    def __post_init__(self) -> None:
+        if (self.data is None) == (self.fraction is None):
+            refuse("E-EVAL", "Eval takes either data or fraction", remedy="Eval(fraction=0.02) or Eval(data=...)")
+
+
+@node
+class Ask(Node):
+    """Questions that the model answers along the run; greedy, without effect on the training."""
+
+    prompts: tuple[Name, ...]
+    every: Steps | None = None
+    """None: before the first step, at each save and at the end."""
+    system: Name | None = None
+    max_tokens: Positive = 128
+
+
+@node
+class Saves(Node):
+    """When checkpoints are written and how many stay."""
+
+    every: Steps | None = Steps(500)
+    """None: only at the end."""
+    keep: Positive = 2
+    """The newest ones that stay; the best one, with `Eval`, stays besides."""
+
+
+@node
+class Logs(Node):
+    """What is logged, and where to besides the terminal and metrics.jsonl."""
+
+    every: Steps = Steps(10)
+    to: tuple[Literal["tensorboard", "wandb", "swanlab", "trackio"], ...] = ()
+    project: Name = "finetuner"
+
+
+@node
+class Run(Node):
+    """A fine-tuning run."""
+
+    model: CausalLM
+    data: Data
+    optim: AdamW
+    batch: BatchSize
+    until: Steps | Epochs
+    schedule: Schedule = Cosine()
+    engine: Engine = Torch()
+    eval: Eval | None = None
+    ask: Ask | None = None
+    save: Saves = Saves()
+    log: Logs = Logs()
+    seed: Annotated[int, Field(ge=0)] = 0
+    folder: Name | None = None
+    """Where the run is written; None: work_dirs/ and the name of the config file."""
+    max_runtime: Annotated[float, Field(gt=0)] | None = None
+    """Hours after which the run saves and ends; the same command goes on from there."""
+
+    def __post_init__(self) -> None:
+        if self.eval is not None and self.eval.fraction is not None and isinstance(self.data, Mix):
+            refuse("E-EVAL", "a fraction is held out of one data set, not of a Mix", remedy="give Eval(data=...)")

@@ -1,0 +1,8 @@
+"""Tests run offline, on one thread, with no cache but their own."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", NO_COLOR="1")
+sys.path.insert(0, str(Path(__file__).parent))
