@@ -112,7 +112,8 @@ class Mix(Node):
 
     def __post_init__(self) -> None:
         if len(self.parts) < 2:
-            refuse("E-MIX", "a Mix has two parts or more", found=str(len(self.parts)), remedy="give the data set itself")
+            found = str(len(self.parts))
+            refuse("E-MIX", "a Mix has two parts or more", found=found, remedy="give the data set itself")
         lengths = {part.length for part, _ in self.parts}
         if len(lengths) > 1:
             refuse("E-MIX", "the parts of a Mix have one length", found=", ".join(map(str, sorted(lengths))))

@@ -101,8 +101,15 @@ class CausalLM(Node):
                 remedy="add adapter=LoRA()",
             )
         if self.adapter is not None and self.freeze:
-            refuse("E-FREEZE-ADAPTER", "freeze has no effect beside an adapter, which freezes all else",
-                   remedy="remove freeze, or choose LoRA.targets")
+            refuse(
+                "E-FREEZE-ADAPTER",
+                "freeze has no effect beside an adapter, which freezes all else",
+                remedy="remove freeze, or choose LoRA.targets",
+            )
         if isinstance(self.path, Fresh) and (self.quant or self.adapter or self.tokenizer or self.revision):
-            refuse("E-MODEL-FRESH", "a Fresh model is trained whole and names its own tokenizer",
-                   found="quant, adapter, tokenizer or revision beside Fresh", remedy="remove them")
+            refuse(
+                "E-MODEL-FRESH",
+                "a Fresh model is trained whole and names its own tokenizer",
+                found="quant, adapter, tokenizer or revision beside Fresh",
+                remedy="remove them",
+            )

@@ -1,0 +1,5 @@
+"""`python -m finetuner`."""
+
+from finetuner.cli.main import main
+
+raise SystemExit(main())

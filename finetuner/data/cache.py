@@ -1,0 +1,132 @@
+"""Encoded samples on disk: written once, as a whole or not at all, and memory-mapped by everyone.
+
+tokens.bin int32 (id where learned, ~id where not), offsets.bin int64 [N + 1], learned.bin int32 [N],
+rows.bin int64 [N], report.json; MANIFEST.json beside them says that the folder is complete.
+
+- Rows stream through: memory does not grow with their number.
+- Chunks go to worker processes when there are many rows, and come back in order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from finetuner.config.function import function_reference
+from finetuner.data.report import Tally
+from finetuner.data.worker import Encoding, Job, Part, start, work
+from finetuner.errors import DataError, Problem
+from finetuner.runtime.commit import verify
+from finetuner.runtime.files import Found
+
+CHUNK = 512
+FEW = 8
+"""Chunks that are not worth starting workers for."""
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A cache folder, memory-mapped: N samples end to end."""
+
+    tokens: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    learned_N: npt.NDArray[np.int32]
+    rows_N: npt.NDArray[np.int64]
+    report: dict[str, Any]
+
+
+def open_stored(folder: Path) -> Stored | str:
+    """The folder's samples, or why it cannot be used; sizes are looked at, not every byte."""
+    wrong = verify(folder, contents=False)
+    if wrong is not None:
+        return wrong
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    tokens, offsets = _mapped(folder / "tokens.bin", np.int32), _mapped(folder / "offsets.bin", np.int64)
+    learned_N, rows_N = _mapped(folder / "learned.bin", np.int32), _mapped(folder / "rows.bin", np.int64)
+    sizes = (len(offsets) - 1, len(learned_N), len(rows_N), int(offsets[-1]), len(tokens))
+    samples, total = report["samples"], report["tokens_kept"]
+    if sizes != (samples, samples, samples, total, total):
+        return f"its files hold {sizes}, its report says {samples} samples of {total} tokens"
+    return Stored(tokens, offsets, learned_N, rows_N, report)
+
+
+def write_samples(folder: Path, job: Job, rows: Iterable[Found], workers: int, progress: Progress | None) -> Tally:
+    """Encodes the rows into files of `folder`; the report is the caller's, who judges the tally."""
+    tally, end = Tally(), 0
+    names = ("tokens.bin", "offsets.bin", "learned.bin", "rows.bin")
+    tokens, offsets, learned, numbers = (open(folder / name, "wb", buffering=1 << 20) for name in names)  # noqa: SIM115
+    with tokens, offsets, learned, numbers:
+        offsets.write(np.zeros(1, np.int64).tobytes())
+        for part in _parts(job, _chunks(rows), workers):
+            tokens.write(part.tokens.tobytes())
+            offsets.write((end + np.cumsum(part.lengths_N)).tobytes())
+            learned.write(part.learned_N.tobytes())
+            numbers.write(part.rows_N.tobytes())
+            end += len(part.tokens)
+            tally.add(part.tally)
+            if progress is not None:
+                progress(tally.rows_in, None)
+    return tally
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _chunks(rows: Iterable[Found]) -> Iterator[tuple[int, list[Found]]]:
+    first, rest = 0, iter(rows)
+    while chunk := list(islice(rest, CHUNK)):
+        yield first, chunk
+        first += len(chunk)
+
+
+def _parts(job: Job, chunks: Iterator[tuple[int, list[Found]]], workers: int) -> Iterator[Part]:
+    """The encoded chunks, in the order of the rows."""
+    head = list(islice(chunks, FEW))
+    if workers < 2 or len(head) < FEW:
+        encoding = Encoding(job)
+        for first, chunk in chain(head, chunks):
+            yield encoding(first, chunk)
+        return
+    assert not isinstance(job.rows, str)
+    named = replace(job, rows=function_reference(job.rows))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), start, (named,))
+    try:
+        waiting: deque[Future[Part]] = deque()
+        for first, chunk in chain(head, chunks):
+            waiting.append(pool.submit(work, first, chunk))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        problem = Problem(
+            "E-DATA-WORKER",
+            "a process that reads rows has died",
+            found=f"{workers} processes",
+            fits="enough memory for each",
+            remedy="close other programs, and start again",
+        )
+        raise DataError(problem) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _mapped(path: Path, dtype: type[np.generic]) -> Any:
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, mode="r")

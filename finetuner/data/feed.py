@@ -1,0 +1,47 @@
+"""`Feed`: the batches of each step for one rank, as a pure function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finetuner.data.batch import Batch
+from finetuner.data.collate import collate
+from finetuner.data.packs import Packs
+from finetuner.data.samples import Samples
+from finetuner.data.steps import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """What the loop of rank `rank` of `world` is fed."""
+
+    samples: Samples
+    plan: Plan
+    rank: int
+    world: int
+    per_device: int
+
+    @property
+    def steps(self) -> int:
+        return self.plan.steps
+
+    def learned(self, step: int) -> int:
+        """Places with a target in the whole step, over all ranks."""
+        return self.plan.learned(step)
+
+    def tokens(self, step: int) -> int:
+        """Tokens of the whole step, over all ranks."""
+        packs = self.plan.packs
+        bounds = [(packs.bounds[row], packs.bounds[row + 1]) for row in self.plan.rows(step)]
+        return sum(int((packs.stops[a:b] - packs.starts[a:b]).sum()) for a, b in bounds)
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of the step."""
+        shares = self.plan.micro_batches(step, self.rank, self.world, self.per_device)
+        return [collate(self.samples, self.plan.packs, share) for share in shares]
+
+
+def validation_batches(samples: Samples, packs: Packs, rank: int, world: int) -> Sequence[Batch]:
+    """A rank's part of a validation set, one pack a batch; no pack stands in two parts."""
+    return [collate(samples, packs, (number,)) for number in range(rank, len(packs), world)]

@@ -1,0 +1,72 @@
+"""Plain torch: one process, or data parallel over several with torch's DistributedDataParallel."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from finetuner.config.run import AdamW
+from finetuner.data.batch import Batch
+from finetuner.engine.engine import NonFinite
+from finetuner.engine.optim import build_optimizer, groups
+from finetuner.engine.state import load_state, save_state
+from finetuner.model.causal_lm import CausalLearner
+from finetuner.runtime.ranks import world
+
+
+class TorchEngine:
+    """An `Engine` on one device of each rank; every rank holds the whole model."""
+
+    def __init__(self, learner: CausalLearner, optim: AdamW, device: torch.device) -> None:
+        self.learner = learner
+        self._device = device
+        self._clip = optim.clip
+        self._named = learner.trainable()
+        self.groups = groups(learner, self._named, optim)
+        self.optimizer = build_optimizer(self.groups, optim, device)
+        self._model: nn.Module = learner
+        if world() > 1:
+            ids = [device] if device.type == "cuda" else None
+            self._model = DistributedDataParallel(learner, device_ids=ids, gradient_as_bucket_view=True)
+
+    def accumulate(self, batch: Batch, learned: int, *, last: bool) -> Tensor:
+        with self._exchange(last):
+            loss: Tensor = self._model(batch)
+            # DistributedDataParallel gives the ranks' mean; the sum is wanted.
+            (loss * (world() / learned)).backward()
+        return loss.detach()
+
+    def step(self, factor: float) -> float:
+        parameters = [parameter for _, parameter in self._named]
+        total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(total)
+        if not math.isfinite(norm):
+            raise NonFinite(norm, self._broken())
+        if self._clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self._clip, total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["rate"] * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def save(self, folder: Path) -> None:
+        save_state(folder, self.optimizer, self.learner.masters())
+
+    def load(self, folder: Path) -> None:
+        self.learner.load_masters(load_state(folder, self.optimizer))
+
+    def _exchange(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        if isinstance(self._model, DistributedDataParallel) and not last:
+            return self._model.no_sync()
+        return contextlib.nullcontext()
+
+    def _broken(self) -> str:
+        """The first parameters whose gradient is not finite (or whose norm overflowed: then none is named)."""
+        names = [name for name, p in self._named if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

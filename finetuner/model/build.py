@@ -1,0 +1,88 @@
+"""A `CausalLM` of a config -> a learner in memory and its tokenizer.
+
+tokenizer -> weights, with rows for the new tokens -> adapter, or frozen parts -> attention -> checkpointing -> learner
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from finetuner.config.model import CausalLM, Fresh
+from finetuner.model import attention
+from finetuner.model.causal_lm import CausalLearner
+from finetuner.model.folder import model_folder
+from finetuner.model.freeze import freeze
+from finetuner.model.fresh import fresh_config
+from finetuner.model.quiet import quiet
+from finetuner.model.soundness import check_length
+from finetuner.model.tokenizer import add_tokens, need_template, read_tokenizer, vocabulary_size
+from finetuner.model.weights import compute, load_weights, read_hf_config, stored_dtype
+
+
+class Built(NamedTuple):
+    learner: CausalLearner
+    tokenizer: PreTrainedTokenizerFast
+
+
+def build(model: CausalLM, device: torch.device, *, dialogues: bool) -> Built:
+    """The learner on `device`; `dialogues` says whether a chat template is needed.
+
+    Raises: ModelError for all that would make the training another one than the config says.
+    """
+    attention.check_choice(model.attention)
+    attention.register()
+    tokenizer = read_tokenizer(model)
+    if dialogues:
+        need_template(tokenizer)
+    new_ids = add_tokens(tokenizer, model.new_tokens)
+    causal = load_weights(model, tokenizer, vocabulary_size(tokenizer), new_ids, device)
+    stored = torch.float32 if isinstance(model.path, Fresh) else stored_dtype(model_folder(model))
+    attends = attention.attention_for(causal, model.attention)
+    network: torch.nn.Module = causal
+    if model.adapter is not None:
+        with quiet():
+            from finetuner.model.adapter import add_adapter  # peft costs seconds that full training need not wait for
+        network = add_adapter(causal, model, new_ids)
+    else:
+        causal.requires_grad_(True)
+        freeze(causal, model.freeze)
+    if model.checkpointing:
+        enable_checkpointing(causal)
+    learner = CausalLearner(
+        network,
+        tokenizer,
+        adapted=model.adapter is not None,
+        attends=attends,
+        compute=compute(model),
+        stored=stored,
+        neftune=model.neftune,
+    )
+    learner.train()
+    return Built(learner, tokenizer)
+
+
+def check(model: CausalLM, length: int) -> None:
+    """Finds, without reading a weight, what would stop `build`, or make rows of `length` tokens too long.
+
+    Raises: ModelError.
+    """
+    attention.check_choice(model.attention)
+    if isinstance(model.path, Fresh):
+        check_length(fresh_config(model.path, {}), length)
+        return
+    check_length(read_hf_config(model_folder(model), model), length)
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Lets `model` recompute its layers in the backward pass.
+
+    Without reentrance: frozen embeddings need not require gradients for the adapters behind them to get theirs.
+    """
+    options = {"use_reentrant": False}
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # transformers 5.2x's name of it
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)

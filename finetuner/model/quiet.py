@@ -1,0 +1,30 @@
+"""Keeps the libraries' own reports down: what matters of them is told as an error of ours, or in our log."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import ERROR, getLogger
+
+from transformers.utils import logging
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars, warnings and loading reports of transformers and peft in the block."""
+    fours = getLogger("bitsandbytes")  # says at its import that kernels from a hub are missing
+    four_level = fours.level
+    fours.setLevel(ERROR)
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        fours.setLevel(four_level)
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,173 @@
+"""Pretrained weights -> a model in memory, or an error that says why not; nothing is ever newly made up in silence.
+
+- Full training holds float32 weights and computes through autocast; beside an adapter the frozen base is held in the
+  compute dtype, or in 4 bits (NF4).
+- What is missing, left over, of another shape, or not finite is told by name: see `soundness.py`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from finetuner.config.model import NF4, CausalLM, Fresh
+from finetuner.errors import ModelError, Problem
+from finetuner.model import internlm2
+from finetuner.model.folder import model_folder, read_config, tensors
+from finetuner.model.fresh import make_fresh
+from finetuner.model.quiet import quiet
+from finetuner.model.soundness import check_finite, check_frequencies, check_keys, first_line
+from finetuner.model.vocabulary import fit_vocabulary
+
+
+def load_weights(
+    model: CausalLM, tokenizer: PreTrainedTokenizerFast, vocabulary: int, new_ids: tuple[int, ...], device: torch.device
+) -> PreTrainedModel:
+    """The model on `device`, with a row for each of the tokenizer's `vocabulary` ids; `new_ids` are those just added.
+
+    Raises: ModelError.
+    """
+    if isinstance(model.path, Fresh):
+        return make_fresh(model.path, tokenizer, vocabulary).to(device)
+    folder = model_folder(model)
+    with quiet():
+        loaded, info = read_model(folder, model, device)
+    check_keys(info, folder)
+    if model.quant is not None:
+        keep_exact(loaded)
+    if model.quant is None:
+        check_finite(loaded.named_parameters(), str(folder))
+    else:
+        check_finite(tensors(folder), str(folder))
+    fit_vocabulary(loaded, vocabulary, new_ids)
+    check_frequencies(loaded)
+    return loaded
+
+
+def storage(model: CausalLM) -> torch.dtype:
+    """What the weights are held in: trained ones in float32, frozen ones in what is computed in."""
+    return torch.float32 if model.adapter is None else compute(model)
+
+
+def compute(model: CausalLM) -> torch.dtype:
+    """What the forward and backward passes compute in."""
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[model.dtype]
+
+
+def read_model(folder: Path, model: CausalLM, device: torch.device) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model and transformers' account of its loading."""
+    options: dict[str, Any] = {
+        "dtype": storage(model),
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+        "use_safetensors": True,
+    }
+    if model.quant is not None:
+        options["quantization_config"] = four_bits(model.quant, compute(model))
+    if model.quant is not None or device.type != "cpu":
+        options["device_map"] = {"": device}
+    config = read_hf_config(folder, model)
+    try:
+        if internlm2.is_model(read_config(folder)):
+            return internlm2.read_model(folder, config, options)
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, trust_remote_code=model.remote_code is not None, **options
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
+        problem = Problem("E-MODEL-LOAD", "the model cannot be loaded", str(folder), first_line(error))
+        raise ModelError(problem) from error
+    return loaded, info
+
+
+def read_hf_config(folder: Path, model: CausalLM) -> PreTrainedConfig:
+    """The folder's config as transformers' own class.
+
+    Raises: ModelError.
+    """
+    values = read_config(folder)
+    if internlm2.is_model(values):
+        return internlm2.read_config(values)
+    known = values["model_type"] in transformers.CONFIG_MAPPING
+    if not known and model.remote_code is None:
+        remedy = "upgrade transformers, or give another model"
+        if "auto_map" in values:
+            remedy = 'read the code; name the commit that may run: remote_code="<40 hex digits>"'
+        raise ModelError(
+            Problem(
+                "E-MODEL-CODE",
+                "transformers does not know this kind of model",
+                str(folder / "config.json"),
+                f"model_type {values['model_type']!r}",
+                "a model that needs no code of its folder",
+                remedy,
+            )
+        )
+    if not known and Path(str(model.path)).is_dir() and has_own_code(values):
+        raise ModelError(
+            Problem(
+                "E-MODEL-CODE",
+                "code in a local folder has no commit by which to trust it",
+                str(folder),
+                fits="a hub name with remote_code=COMMIT",
+                remedy="give the model's hub name",
+            )
+        )
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=not known)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what, where = "config.json does not fit its model_type", str(folder / "config.json")
+        raise ModelError(Problem("E-MODEL-CONFIG", what, where, first_line(error))) from error
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and known:
+        raise ModelError(
+            Problem(
+                "E-MODEL-KIND",
+                "the model is no causal language model",
+                str(folder / "config.json"),
+                f"model_type {values['model_type']!r}",
+            )
+        )
+    return config
+
+
+def has_own_code(values: dict[str, Any]) -> bool:
+    """Whether the config's auto_map names code in its own folder rather than in a repository ("org/name--...")."""
+    return any("--" not in str(place) for place in values.get("auto_map", {}).values())
+
+
+def four_bits(quant: NF4, dtype: torch.dtype) -> Any:
+    """transformers' config for NF4."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=quant.double_quant,
+    )
+
+
+def keep_exact(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights at the first evaluation on a CPU.
+
+    It would round their scales to bfloat16 for good: the training after an evaluation would be another one.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that most of the folder's weights are in, by their number: a trained model is saved in it."""
+    counts: Counter[torch.dtype] = Counter()
+    for _, tensor in tensors(folder):
+        if tensor.is_floating_point():
+            counts[tensor.dtype] += tensor.numel()
+    return counts.most_common(1)[0][0] if counts else torch.float32

@@ -1,0 +1,94 @@
+"""What a run's folder tells of it: the config as given and as resolved, versions, data; and what changed since.
+
+Nothing of it is ever executed: config.json is data, config.py.txt is for the eye.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from finetuner import __version__
+from finetuner.config.load import Loaded
+from finetuner.config.mask import mask_text
+from finetuner.config.write import differences, to_json
+from finetuner.errors import CheckpointError, Problem
+from finetuner.runtime.log import say
+
+FREE = ("log", "ask", "save", "eval", "max_runtime", "folder", "batch.per_device", "engine", "model.checkpointing",
+        "model.attention", "optim", "schedule", "until")
+"""What may change when a run goes on: it is told, and neither the data's order nor the state stops fitting."""
+
+
+def run_id(folder: Path) -> str | None:
+    """The id of the run that lives in `folder`, if one does."""
+    file = folder / "run.json"
+    return str(json.loads(file.read_text(encoding="utf-8"))["id"]) if file.exists() else None
+
+
+def begin(folder: Path, loaded: Loaded, data: str, *, world: int) -> str:
+    """Writes the record of a run that begins or goes on in `folder`; gives its id."""
+    identity = run_id(folder) or secrets.token_hex(8)
+    file = folder / "run.json"
+    starts = json.loads(file.read_text(encoding="utf-8"))["starts"] if file.exists() else []
+    start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world": world, "command": mask_text(" ".join(sys.argv))}
+    record = {"id": identity, "data": data, "versions": versions(), "seed": loaded.run.seed, "starts": [*starts, start]}
+    replace(folder / "config.py.txt", mask_text(loaded.source))
+    replace(folder / "config.json", json.dumps(to_json(loaded.run), indent=2, ensure_ascii=False) + "\n")
+    replace(file, json.dumps(record, indent=2) + "\n")
+    return identity
+
+
+def check_same(folder: Path, loaded: Loaded, data: str) -> None:
+    """Tells key by key what changed since the run in `folder` was last started.
+
+    Raises:
+        CheckpointError: a change under which the checkpoint or the data's order no longer fits.
+    """
+    told = changes(folder, loaded)
+    for change in told:
+        say(f"changed since the last start: {change}")
+    hard = [change for change in told if not change.startswith(FREE)]
+    remedy = "put them back, or start anew: --resume never (the old folder is kept beside)"
+    if hard:
+        raise CheckpointError(
+            Problem("E-RESUME-CONFIG", "the config no longer fits the run that it would go on with", str(folder),
+                    "; ".join(hard), f"changes of {', '.join(FREE)}", remedy)
+        )
+    if json.loads((folder / "run.json").read_text(encoding="utf-8"))["data"] != data:
+        raise CheckpointError(
+            Problem("E-RESUME-DATA", "the data files or what reads them changed since the run began", str(folder),
+                    "another fingerprint of the samples", remedy=remedy)
+        )
+
+
+def changes(folder: Path, loaded: Loaded) -> list[str]:
+    """What in the config differs from the last start in `folder`, key by key."""
+    before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return differences(before, to_json(loaded.run))
+
+
+def versions() -> Mapping[str, Any]:
+    """Versions of what shapes a run's numbers."""
+    known = {}
+    for name in ("torch", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes", "numpy"):
+        try:
+            known[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            known[name] = "not installed"
+    return {"finetuner": __version__, "python": platform.python_version()} | known
+
+
+def replace(file: Path, text: str) -> None:
+    """Writes `text` so that the file is the old one or the new one, never half."""
+    fresh = file.with_name(f".{file.name}.{os.getpid()}")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, file)

@@ -1,0 +1,57 @@
+"""Where figures go besides metrics.jsonl: TensorBoard, and the trackers of the `trackers` extra."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, assert_never
+
+from finetuner.config.run import Run
+from finetuner.errors import ConfigError, Problem
+
+Name = Literal["tensorboard", "wandb", "swanlab", "trackio"]
+
+
+def start(run: Run, folder: Path, config: Mapping[str, Any]) -> tuple[Callable[[int, Mapping[str, float]], None], ...]:
+    """A function for each tracker of `run.log.to`: (step, figures) -> None.
+
+    Raises:
+        ConfigError: a tracker that is not installed.
+    """
+    return tuple(_start(name, run.log.project, folder, config) for name in run.log.to)
+
+
+def _start(
+    name: Name, project: str, folder: Path, config: Mapping[str, Any]
+) -> Callable[[int, Mapping[str, float]], None]:
+    match name:
+        case "tensorboard":
+            _module("tensorboard", "board")
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(folder / "tensorboard"))
+
+            def board(step: int, figures: Mapping[str, float]) -> None:
+                for key, value in figures.items():
+                    writer.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
+                writer.flush()  # type: ignore[no-untyped-call]
+
+            return board
+        case "wandb" | "trackio" | "swanlab":
+            tracker = _module(name, "trackers")
+            key = "experiment_name" if name == "swanlab" else "name"
+            tracker.init(project=project, config=dict(config), **{key: folder.name})
+            return lambda step, figures: tracker.log(dict(figures), step=step)
+        case _:
+            assert_never(name)
+
+
+def _module(name: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ConfigError(
+            Problem("E-EXTRA", f"{name} is not installed", "log.to", name,
+                    remedy=f"pip install 'finetuner[{extra}]', or remove it from log.to")
+        ) from None
