@@ -84,7 +84,8 @@ def printable(text: str) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The best did-you-mean for `name` among `names`, or the empty string: ("leraning_rate", ...) -> "learning_rate"."""
+    """The best did-you-mean for `name` among `names`, or the empty string: ("ranc", ...) -> "rank"."""
     from difflib import get_close_matches
 
-    return next(iter(get_close_matches(name, list(names), n=1, cutoff=0.6)), "")
+    known = {known.casefold(): known for known in names}
+    return next((known[close] for close in get_close_matches(name.casefold(), known, n=1, cutoff=0.6)), "")

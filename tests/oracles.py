@@ -7,7 +7,7 @@ only they may become control tokens. Messages are dicts in OpenAI's form.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 Piece = tuple[str, bool, bool]
@@ -77,7 +77,14 @@ def internlm2(messages: Messages, tools: list[Any], bos: str, eos: str) -> list[
 
 
 def im_turn_plugin(role: str, text: str) -> list[Piece]:
-    return [token("<|im_start|>"), said(role + " name="), token("<|plugin|>"), said("\n" + text), token("<|im_end|>"), said("\n")]
+    return [
+        token("<|im_start|>"),
+        said(role + " name="),
+        token("<|plugin|>"),
+        said("\n" + text),
+        token("<|im_end|>"),
+        said("\n"),
+    ]
 
 
 def qwen2_5(messages: Messages, tools: list[Any], bos: str, eos: str) -> list[Piece]:
@@ -109,7 +116,6 @@ def qwen(
         pieces = im_turn("system", [said((system + "\n\n" if system else "") + offered)])
     else:
         pieces = im_turn("system", [said(system)]) if system else []
-    messages = messages if messages[0]["role"] != "system" else [messages[0], *messages[1:]]
     for k, m in enumerate(messages):
         if m["role"] == "system":
             continue
@@ -125,8 +131,10 @@ def qwen(
             parted = thought(k, m)
             learned = parted is not None
             thinking, content = parted or ("", m["content"].rpartition("</think>")[2].lstrip("\n"))
-            calls = [f'<tool_call>\n{{"name": "{c["function"]["name"]}", "arguments": '
-                     f'{written(c["function"]["arguments"])}}}\n</tool_call>' for c in m.get("tool_calls", [])]  # fmt: skip
+            calls = [
+                f'<tool_call>\n{{"name": "{f["name"]}", "arguments": {written(f["arguments"])}}}\n</tool_call>'
+                for f in (call["function"] for call in m.get("tool_calls", []))
+            ]
             text = thinking + "\n".join(([content] if content else []) + calls)
             pieces += im_turn("assistant", [said(text, learned)], learned)
     return pieces
@@ -245,14 +253,20 @@ FAMILIES: dict[str, Callable[[Messages, list[Any], str, str], list[Piece]]] = {
 }  # fmt: skip
 
 
-def tokens(pieces: list[Piece], tokenizer: Any) -> list[tuple[int, bool]]:
-    """(id, learned) of the pieces, by a `tokenizers.Tokenizer`: runs of ordinary text apart, control tokens by name."""
+def tokens(pieces: list[Piece], tokenizer: Any, *, rstrip: Container[str] = ()) -> list[tuple[int, bool]]:
+    """(id, learned) of the pieces, by a `tokenizers.Tokenizer`: runs of ordinary text apart, control tokens by name.
+
+    `rstrip`: the control tokens that swallow the blanks behind them.
+    """
     rows: list[tuple[int, bool]] = []
     run: list[Piece] = []
+    before = ""
 
     def close() -> None:
         text = "".join(piece[0] for piece in run)
         learned = [piece[1] for piece in run for _ in piece[0]]
+        blanks = len(text) - len(text.lstrip()) if before in rstrip else 0
+        text, learned = text[blanks:], learned[blanks:]
         encoding = tokenizer.encode(text, add_special_tokens=False)
         rows.extend((number, all(learned[a:b])) for number, (a, b) in zip(encoding.ids, encoding.offsets))
         run.clear()
@@ -261,7 +275,8 @@ def tokens(pieces: list[Piece], tokenizer: Any) -> list[tuple[int, bool]]:
     for piece in pieces:
         if piece[2]:
             close()
-            rows.append((tokenizer.token_to_id(piece[0]), piece[1]))
+            before = piece[0]
+            rows.append((tokenizer.token_to_id(before), piece[1]))
         else:
             run.append(piece)
     close()

@@ -19,7 +19,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "examples" / "data"
-DISTRIBUTIONS = {"mmengine": "mmengine-lite", "flash_attn": "flash-attn", "PIL": "pillow", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"mmengine": "mmengine-lite", "flash_attn": "flash-attn", "PIL": "pillow", "google": "protobuf"}
 BROUGHT = {
     "packaging": "transformers",
     "huggingface_hub": "transformers",
@@ -205,7 +205,7 @@ def test_rows_about_oneself_have_no_placeholder_that_the_examples_leave() -> Non
     sorted(
         p.relative_to(ROOT).as_posix()
         for p in ROOT.glob("examples/*/*.py")
-        if "config = " in p.read_text(encoding="utf-8")
+        if "\nconfig = Run" in p.read_text(encoding="utf-8")
     ),
 )
 def test_every_example_is_a_run_whose_files_are_there(config: str) -> None:

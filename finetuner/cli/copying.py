@@ -40,7 +40,12 @@ def copy_ready(name: str, dest: Path) -> list[Path]:
         ]
         raise ConfigError(*problems)
     for old, new in pairs.items():
-        new.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            new.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            where, remedy = spot(os.path.abspath(new.parent)), "give a folder that you may write to, or NAME.py in one"
+            problem = Problem("E-COPY-DEST", "the folder to copy into cannot be made", where, str(error), remedy=remedy)
+            raise ConfigError(problem) from error
         if not new.exists():
             new.write_bytes(old.read_bytes())
     return list(pairs.values())

@@ -32,7 +32,11 @@ PACKAGES = {
     "bitsandbytes": "quant",
     "deepspeed": "deepspeed",
     "flash-attn": "flash",
+    "pillow": "vision",
     "tensorboard": "board",
+    "wandb": "trackers",
+    "swanlab": "trackers",
+    "trackio": "trackers",
 }
 """Package -> the extra of finetuner that brings it; "" comes with finetuner itself."""
 

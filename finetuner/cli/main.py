@@ -107,6 +107,9 @@ def dispatch(words: Sequence[str]) -> int:
     module = importlib.import_module(f"finetuner.cli.{verb.module}")
     parser = parser_for(words[0], verb)
     getattr(module, verb.add)(parser)
+    for action in parser._actions:
+        # argparse calls an empty field=value missing where CONFIG is.
+        action.required = action.required and action.nargs != "*"
     try:
         # Intermixed, so that field=value may stand before, between and behind the options.
         args = parser.parse_intermixed_args(list(words[1:]))

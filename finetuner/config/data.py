@@ -116,10 +116,20 @@ class Mix(Node):
             refuse("E-MIX", "a Mix has two parts or more", found=found, remedy="give the data set itself")
         lengths = {part.length for part, _ in self.parts}
         if len(lengths) > 1:
-            refuse("E-MIX", "the parts of a Mix have one length", found=", ".join(map(str, sorted(lengths))))
+            refuse(
+                "E-MIX",
+                "the parts of a Mix have one length",
+                found=", ".join(map(str, sorted(lengths))),
+                remedy="give each the same length=...",
+            )
         packs = {part.pack for part, _ in self.parts if isinstance(part, Dialogues)}
         if len(packs) > 1:
-            refuse("E-MIX", "the parts of a Mix are packed, or are not", found="pack=True beside pack=False")
+            refuse(
+                "E-MIX",
+                "the parts of a Mix are packed, or are not",
+                found="pack=True beside pack=False",
+                remedy="give each the same pack=...",
+            )
 
     @property
     def length(self) -> int:

@@ -66,8 +66,9 @@ class FileLoader:
             module.__dict__["__source__"] = source
             exec(compile(source, str(self.file), "exec", dont_inherit=True), module.__dict__)
         except ImportError as error:
-            if error.name in outer:
-                raise circle((*outer[outer.index(error.name) :], module.__name__, error.name)) from error
+            chain = _executing.get()
+            if error.name in chain:
+                raise circle((*chain[chain.index(error.name) :], error.name)) from error
             raise
         finally:
             _executing.reset(token)

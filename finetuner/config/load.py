@@ -13,21 +13,25 @@ import importlib
 import inspect
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from finetuner.config import files, mishap, mm
 from finetuner.config.function import check_functions, function_reference, resolve
+from finetuner.config.mask import secret_lines
 from finetuner.config.node import Invalid, collecting, spot
 from finetuner.config.overrides import apply
 from finetuner.config.ready import ready
 from finetuner.config.run import Run
 from finetuner.errors import ConfigError, Problem, nearest
+from finetuner.runtime.log import warn
 
 __all__ = ["Loaded", "function_reference", "load", "resolve"]
 
@@ -54,7 +58,10 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
     """
     file = find(os.fspath(path))
     source = read(file)
-    with mishap.told(file), time_limit():
+    for line in secret_lines(source):
+        warn(f"{spot(file, line)}: this looks like a secret; keep it in the environment, such as HF_TOKEN")
+    # What a config prints is no part of the command's own output, which another program may read.
+    with mishap.told(file), time_limit(), redirect_stdout(sys.stderr):
         run = mm.run_of(file, source) if mm.is_mmengine(source) else run_of(file)
     check_functions(run, spot(file))
     return Loaded(apply(run, overrides), file, source, file.stem)
@@ -62,25 +69,31 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
 
 def find(path: str) -> Path:
     """The config file that `path` names: a file, else a ready config."""
-    file = Path(path)
-    if file.is_dir():
+    if os.path.isdir(path):
         remedy = f"give the file: {os.path.join(path, 'NAME.py')}"
         raise ConfigError(Problem("E-CONFIG-PATH", "a config is a file, not a folder", path, "a folder", "", remedy))
-    if file.suffix == ".py" and file.exists():
-        return Path(os.path.abspath(file))
+    if path.endswith(".py") and os.path.isfile(path):
+        return Path(os.path.abspath(path))
     known = ready()
-    name = path.removesuffix(".py")
-    if name in known:
-        return known[name]
-    if file.exists():
+    if path.removesuffix(".py") in known:
+        return known[path.removesuffix(".py")]
+    name = os.path.basename(path)
+    if os.path.exists(path):
         fits = "a Python file, NAME.py, whose variable `config` is a Run"
         remedy = "give the .py file; see `finetuner list` for ready ones"
-        raise ConfigError(Problem("E-CONFIG-PATH", "a config is a Python file", path, file.name, fits, remedy))
-    beside = [entry.name for entry in file.parent.glob("*.py")] if file.parent.is_dir() else []
-    best = nearest(name, known) or nearest(file.name, beside)
-    remedy = f"did you mean {best}?" if best else "see `finetuner list` for ready configs"
+        raise ConfigError(Problem("E-CONFIG-PATH", "a config is a Python file", path, name, fits, remedy))
+    folder = os.path.dirname(path) or "."
+    beside = [entry for entry in os.listdir(folder) if entry.endswith(".py")] if os.path.isdir(folder) else []
+    best = nearest(path.removesuffix(".py"), known) or nearest(name, beside)
     what = "no such config file, and no ready config of this name"
-    raise ConfigError(Problem("E-CONFIG-PATH", what, path, "", ", ".join(known), remedy))
+    fits = ", ".join(ready_like(name.removesuffix(".py"), known)) or "a path, or a name of `finetuner list`"
+    remedy = f"did you mean {best}?" if best else "see `finetuner list` for ready configs"
+    raise ConfigError(Problem("E-CONFIG-PATH", what, path, name, fits, remedy))
+
+
+def ready_like(name: str, known: Iterable[str]) -> list[str]:
+    """The names of the ready configs that come nearest."""
+    return get_close_matches(name, list(known), n=5, cutoff=0.4)
 
 
 def read(file: Path) -> str:
@@ -113,8 +126,8 @@ def run_of(file: Path) -> Run:
     with collecting() as problems:
         try:
             run = value_of(file)
-        except Exception:
-            # After a wrong node, an exception is most likely its consequence.
+        except ConfigError:
+            # After a wrong node, another error is most likely its consequence.
             if not problems:
                 raise
         finally:
@@ -133,12 +146,13 @@ def changed(module: ModuleType) -> bool:
 
 def value_of(file: Path) -> Run | Invalid:
     """Executes the file and takes its `config`."""
-    module = importlib.import_module(files.module_name(file))
-    if "config" not in module.__dict__:
-        raise ConfigError(mishap.nothing(file, module.__dict__))
-    config = module.__dict__["config"]
-    if inspect.isfunction(config):
-        config = called(config)
+    with mishap.told(file):
+        module = importlib.import_module(files.module_name(file))
+        if "config" not in module.__dict__:
+            raise ConfigError(mishap.nothing(file, module.__dict__))
+        config = module.__dict__["config"]
+        if inspect.isfunction(config):
+            config = called(config)
     if not isinstance(config, Run | Invalid):
         raise ConfigError(mishap.no_run(file, config))
     return config

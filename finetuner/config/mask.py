@@ -17,7 +17,7 @@ HIDDEN = "***"
 NAME = r"(?:[a-z0-9]+[_-])*(?:token|key|secret|password|passwd|credentials?|auth)"
 SECRET_NAME = re.compile(NAME, re.IGNORECASE)
 ORDINARY = re.compile(
-    r"(?:(?:pad|eos|bos|unk|sep|cls|mask|image|video|audio|start|end|stop|new|special|num|max|min|per|first|last|system|"
+    r"(?:(?:pad|eos|bos|unk|sep|cls|mask|image|video|audio|start|end|stop|header|new|special|num|max|min|per|first|last|system|"
     r"user|assistant|sort|group|primary|foreign|row|column|field|decoder|boi|eoi|think)[_-])+(?:token|key)",
     re.IGNORECASE,
 )
@@ -53,6 +53,11 @@ def mask(value: Any) -> Any:
             return type(value)(mask(item) for item in value)
         case _:
             return value
+
+
+def secret_lines(source: str) -> list[int]:
+    """The numbers of the lines that hold what looks like a secret."""
+    return [number for number, line in enumerate(source.splitlines(), 1) if LOOKS_SECRET.search(line)]
 
 
 def mask_source(source: str) -> str:

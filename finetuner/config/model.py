@@ -28,7 +28,13 @@ class Fresh(Node):
 
     def __post_init__(self) -> None:
         if "model_type" not in self.config:
-            refuse("E-MODEL-FRESH", "Fresh.config needs 'model_type'", fits="{'model_type': 'llama', ...}")
+            refuse(
+                "E-MODEL-FRESH",
+                "Fresh.config needs 'model_type'",
+                found=", ".join(self.config),
+                fits="{'model_type': 'llama', ...}",
+                remedy="add 'model_type'",
+            )
 
 
 @node
@@ -51,7 +57,13 @@ class LoRA(Node):
 
     def __post_init__(self) -> None:
         if not self.targets:
-            refuse("E-LORA-TARGETS", "LoRA.targets is empty", fits='"all-linear" or names of linear layers')
+            refuse(
+                "E-LORA-TARGETS",
+                "LoRA.targets is empty",
+                found="()",
+                fits='"all-linear" or names of linear layers',
+                remedy='targets="all-linear"',
+            )
 
 
 @node

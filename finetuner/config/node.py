@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar, dataclass_transform, get_origin
+from typing import Any, ClassVar, TypeVar, get_origin
 
 import pydantic
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
+from typing_extensions import dataclass_transform
 
 from finetuner.config.words import default_of, elsewhere, hint_of_value, hints, words
 from finetuner.errors import ConfigError, Problem, nearest

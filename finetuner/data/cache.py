@@ -28,7 +28,7 @@ from finetuner.config.function import function_reference
 from finetuner.data.report import Tally
 from finetuner.data.worker import Encoding, Job, Part, start, work
 from finetuner.errors import DataError, Problem
-from finetuner.runtime.commit import verify
+from finetuner.runtime.commit import read_manifest, verify
 from finetuner.runtime.files import Found
 
 CHUNK = 512
@@ -60,6 +60,9 @@ def open_stored(folder: Path) -> Stored | str:
     samples, total = report["samples"], report["tokens_kept"]
     if sizes != (samples, samples, samples, total, total):
         return f"its files hold {sizes}, its report says {samples} samples of {total} tokens"
+    files = read_manifest(folder)["files"]
+    # What was made, not what made it: a new version that encodes alike is the same data to a run that goes on.
+    report["samples_sha256"] = [files[name]["sha256"] for name in ("tokens.bin", "offsets.bin")]
     return Stored(tokens, offsets, learned_N, rows_N, report)
 
 

@@ -8,8 +8,11 @@ row -> `replace` -> row function -> Dialogue -> Encoder -> length -> flat tokens
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
 import os
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -207,7 +210,16 @@ def start(job: Job) -> None:
     global _encoding
     # One process a core: the tokenizer's own threads would only fight over them.
     os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoding = Encoding(job)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it has died: a killed run leaves nobody behind."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker is started by another process"
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def work(first: int, chunk: Sequence[Found]) -> Part:

@@ -24,7 +24,7 @@ from tokenizers import Encoding, Tokenizer
 
 from finetuner.dialogue.message import Dialogue, Message, RowError
 from finetuner.dialogue.structure import Span
-from finetuner.dialogue.texts import texts_of
+from finetuner.dialogue.texts import Texts
 
 FIRST_NAME, FIRST_MASK = 0xF0000, 0xF1000
 MASKS = re.compile(f"[{chr(FIRST_MASK)}-{chr(FIRST_MASK + 0xFFF)}]")
@@ -49,8 +49,7 @@ class Control:
         data = json.loads(tokenizer_json)
         added: dict[str, int] = {token["content"]: token["id"] for token in data["added_tokens"]}
         special = {token["content"] for token in data["added_tokens"] if token["special"]}
-        unknown = data["model"].get("unk_token")
-        names = (special | (set(frame) & added.keys())) - {unknown}
+        names = (special | (set(frame) & added.keys())) - {unknown_token(data["model"])}
         self.names = sorted(names, key=lambda name: (-len(name), name))
         self.ids = np.array(sorted(added[name] for name in names), dtype=np.int32)
         self._added = added
@@ -64,9 +63,8 @@ class Control:
         """How many of the tokens are control tokens."""
         return int(self._is_control[ids_T[ids_T < len(self._is_control)]].sum())
 
-    def spoken(self, dialogue: Dialogue) -> bool:
+    def spoken(self, texts: Texts) -> bool:
         """Whether a control string stands anywhere in what the row says."""
-        texts = texts_of(dialogue)
         return any(map(self.pattern.search, (*texts.texts, texts.rest)))
 
     def masked(self, dialogue: Dialogue) -> tuple[Dialogue, int]:
@@ -143,6 +141,10 @@ class Control:
             if token["content"] in self._numbers:
                 token["content"] = chr(FIRST_NAME + self._numbers[token["content"]])
                 token["normalized"] = False
+        if isinstance(data["model"]["vocab"], list):  # a Unigram model finds whole pieces in ordinary text
+            for piece in data["model"]["vocab"]:
+                if piece[0] in self._numbers:
+                    piece[0] = chr(FIRST_NAME + self._numbers[piece[0]])
         return Tokenizer.from_str(json.dumps(data, ensure_ascii=False))
 
     @cached_property
@@ -166,3 +168,10 @@ class Control:
             raise RowError("control", "the tokenizer makes a control token of ordinary text")
         own: npt.NDArray[np.int32] = self._own_ids[twin_T]
         return own
+
+
+def unknown_token(model: Mapping[str, Any]) -> str | None:
+    """The token of unknown characters: special, yet ordinary text makes it."""
+    number = model.get("unk_id")
+    name: str | None = model.get("unk_token") if number is None else model["vocab"][number][0]
+    return name

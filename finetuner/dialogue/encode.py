@@ -25,7 +25,7 @@ from finetuner.dialogue.locate import structure_of, turns_directly
 from finetuner.dialogue.message import Dialogue, Document, Message, RowError
 from finetuner.dialogue.structure import Span, Structure
 from finetuner.dialogue.template import Template
-from finetuner.dialogue.texts import texts_of
+from finetuner.dialogue.texts import Texts, texts_of
 from finetuner.dialogue.tokens import learned_tokens, outer_ids
 
 SHAPES = 4096
@@ -106,7 +106,7 @@ class Encoder:
             self._template = Template(spec.template, name=spec.template_name, special=dict(spec.special))
             self._ends = ends_of(self._template, [token["content"] for token in data["added_tokens"]])
         self._control = Control(plain, self._ends.frame)
-        self._structures: dict[Hashable, Structure | RowError | None] = {}
+        self._structures: dict[Hashable, Structure] = {}
 
     def encode(self, items: Sequence[Dialogue | Document]) -> list[list[Encoded] | RowError]:
         """What each item becomes: one `Encoded` (several under turns="split"), or the reason why it cannot.
@@ -139,6 +139,7 @@ class Encoder:
     def _jobs(self, item: Dialogue | Document) -> list[Job]:
         """The texts that an item becomes."""
         if isinstance(item, Document):
+            refuse_half_characters(item.text)
             return [Job(item.text, None, control=len(self._control.pattern.findall(item.text)))]
         if self._template is None:
             raise RowError("type", "a dialogue needs a chat template", found="a dialogue", fits="a document")
@@ -163,13 +164,14 @@ class Encoder:
     def _job(self, template: Template, dialogue: Dialogue, learned: tuple[int, ...]) -> Job:
         """The rendered text of a dialogue with the characters to learn."""
         text = template.render(dialogue)
-        control, masked = 0, text
-        if self._control.spoken(dialogue):
+        refuse_half_characters(text)
+        control, masked, texts = 0, text, texts_of(dialogue)
+        if self._control.spoken(texts):
             dialogue, control = self._control.masked(dialogue)
-            masked = template.render(dialogue)
+            masked, texts = template.render(dialogue), texts_of(dialogue)
             if self._control.unmasked(masked) != text:
                 raise RowError("control", "the template changes the control strings that the row has in its texts")
-        spans, dropped = self._spans(template, dialogue, masked, learned)
+        spans, dropped = self._spans(template, dialogue, texts, masked, learned)
         if not spans:
             reason = "the template leaves out the thinking of every turn to learn"
             raise RowError("no-target", reason, fits="turns='split' keeps the thinking of each turn")
@@ -179,14 +181,11 @@ class Encoder:
         return Job(twin.text, twin.spans, twin.tokens, dropped, control)
 
     def _spans(
-        self, template: Template, dialogue: Dialogue, text: str, learned: tuple[int, ...]
+        self, template: Template, dialogue: Dialogue, texts: Texts, text: str, learned: tuple[int, ...]
     ) -> tuple[list[Span], int]:
         """The characters to learn in the rendered `text`, and how many blocks of thinking are not in it."""
-        texts = texts_of(dialogue)
         key = (texts.shape, learned)
         structure = self._structures.get(key)
-        if isinstance(structure, RowError):
-            raise structure
         if structure is None:
             structure, shared = structure_of(template, texts, learned, self._ends)
             if shared:
@@ -195,7 +194,7 @@ class Encoder:
                 self._structures[key] = structure
         spans = structure.spans(text, texts.texts)
         if spans is None:
-            spans = turns_directly(template, dialogue, text, learned, self._ends)
+            spans = turns_directly(template, dialogue, text, structure.messages, self._ends)
         return spans, structure.dropped
 
     def _encoded(self, job: Job, encoding: Encoding) -> Encoded:
@@ -222,3 +221,12 @@ class Encoder:
         learned_T = np.ones(len(whole_T), dtype=np.bool_)
         learned_T[: len(self._before)] = False
         return Encoded(whole_T, learned_T, control=job.control)
+
+
+def refuse_half_characters(text: str) -> None:
+    """Refuses lone surrogates, which JSON can spell (a cut "\\ud83d") and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(text[error.start]):04x}"
+        raise RowError("half-character", "the row has half a character", found, "whole characters") from None

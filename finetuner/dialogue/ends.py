@@ -41,6 +41,9 @@ def ends_of(template: Template, added: Iterable[str]) -> Ends:
     except RowError as error:
         what = f"the chat template {template.name!r} cannot write a user's and an assistant's turn"
         raise ModelError(Problem("E-TEMPLATE", what, found=error.reason, remedy="name another template")) from error
+    if not all(sentinel(number) in text for number in range(len(roles))):
+        what = f"the chat template {template.name!r} does not write what is said"
+        raise ModelError(Problem("E-TEMPLATE", what, found=repr(text)[:200], remedy="name another template"))
     pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
     after_first = text.partition(sentinel(1))[2].partition(sentinel(2))[0]
     after_last = text.partition(sentinel(3))[2]
@@ -50,7 +53,7 @@ def ends_of(template: Template, added: Iterable[str]) -> Ends:
             Problem(
                 "E-TEMPLATE-NO-END",
                 f"the chat template {template.name!r} writes no token at the end of the assistant's turn",
-                found=f"after a turn {after_first!r}, after the last {after_last!r}",
+                found=f"after a turn {after_first!r}, at the end {after_last!r}",
                 fits="one of the tokenizer's added tokens after each assistant message, such as its eos_token",
                 remedy="name a template that fits the tokenizer, or add the end token to the tokenizer (new_tokens)",
             )

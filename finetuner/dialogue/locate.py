@@ -85,8 +85,9 @@ def structure_of(template: Template, texts: Texts, learned: Sequence[int], ends:
     whole = Skeleton(template, texts)
     refuse_losses(whole)
     dropped = sorted({slot.message for slot in whole.unwritten(*THINKING_PARTS)})
-    marks = marked_turns(whole, learned) if template.has_marks else None
-    turns = []
+    marks = marks_by_message(template, whole.dialogue) if template.has_marks else None
+    turns: list[Span] = []
+    kept: list[int] = []
     for number in learned:
         if number in dropped:
             refuse_thoughtless(whole, number)
@@ -96,14 +97,16 @@ def structure_of(template: Template, texts: Texts, learned: Sequence[int], ends:
         if not in_view and any(earlier < number for earlier in dropped):
             continue
         if marks is not None:
-            turns += marks[number]
+            turns.append(marks[number])
         elif in_view:
             turns.append((len(prompt), end_of_turn(whole, number, len(prompt), ends)))
         else:
             reason = f"the text that asks for message {number + 1} is not how the whole dialogue begins"
-            raise RowError("locate", reason, fits="a template with {% generation %} marks, or turns='split'")
+            fits = "a template that asks as it writes (a bundled one), or turns='split' where only old turns differ"
+            raise RowError("locate", reason, fits=fits)
+        kept.append(number)
     places = tuple((whole.place(start), whole.place(end)) for start, end in turns)
-    return Structure(whole.pieces, whole.order, places, len(dropped)), whole.shared
+    return Structure(whole.pieces, whole.order, places, tuple(kept), len(dropped)), whole.shared
 
 
 def end_of_turn(whole: Skeleton, number: int, start: int, ends: Ends) -> int:
@@ -119,14 +122,14 @@ def end_of_turn(whole: Skeleton, number: int, start: int, ends: Ends) -> int:
     raise RowError("locate", f"no token ends message {number + 1} in what the template writes", fits=ends.usual)
 
 
-def marked_turns(whole: Skeleton, learned: Sequence[int]) -> dict[int, list[Span]]:
-    """The template's own marks, by message; all of them at the first when every assistant's turn is learned anyway."""
-    marks = whole.template.marks(whole.dialogue)
-    speaks = [number for number, message in enumerate(whole.dialogue.messages) if message.role == "assistant"]
-    if len(marks) == len(speaks):
-        return {number: [mark] for number, mark in zip(speaks, marks, strict=True)}
-    reason = f"{len(marks)} marked blocks for {len(speaks)} assistant messages"
-    raise RowError("locate", reason, fits="one {% generation %} block for each assistant message")
+def marks_by_message(template: Template, dialogue: Dialogue) -> dict[int, Span]:
+    """The template's own marks, by the number of the message."""
+    marks = template.marks(dialogue)
+    speaks = [number for number, message in enumerate(dialogue.messages) if message.role == "assistant"]
+    if len(marks) != len(speaks):
+        reason = f"{len(marks)} marked blocks for {len(speaks)} assistant messages"
+        raise RowError("locate", reason, fits="one {% generation %} block for each assistant message")
+    return dict(zip(speaks, marks, strict=True))
 
 
 def refuse_losses(whole: Skeleton) -> None:
@@ -157,15 +160,16 @@ def turns_directly(template: Template, dialogue: Dialogue, text: str, learned: S
 
     Raises: RowError("locate") unless each turn stands between two prefixes of the whole, the second with a turn's end.
     """
+    if template.has_marks:
+        own = marks_by_message(template, dialogue)
+        return [own[number] for number in learned]
     turns = []
     for number in learned:
         prompt = template.render(replace(dialogue, messages=dialogue.messages[:number]), ask=True)
         upto = template.render(replace(dialogue, messages=dialogue.messages[: number + 1])).rstrip()
         usual = ends.all if dialogue.messages[number].tool_calls else (ends.usual,)
         if not (text.startswith(upto) and upto.startswith(prompt) and upto.endswith(usual)):
-            reason = (
-                f"what the assistant says in message {number + 1} cannot be found with certainty in the rendered text"
-            )
+            reason = f"what the assistant says in message {number + 1} cannot be found for certain in the rendered text"
             raise RowError(
                 "locate", reason, fits="a template that copies texts as they are or has {% generation %} marks"
             )

@@ -89,7 +89,7 @@ def openai_message(given: Row) -> Message:
     if calls and role != "assistant":
         raise RowError("role", "only the assistant calls tools", found=role, fits="assistant")
     content = (optional_text(given, "content") or "") if calls else text_of(given, "content")
-    if not calls and role != "tool" and not content.strip():
+    if not calls and role in ("user", "assistant") and not content.strip():
         raise RowError("empty", f"the {role} message is empty", found=repr(given.get("content")), fits="a text")
     return Message(
         role,
@@ -114,6 +114,8 @@ def sharegpt(row: Row) -> Dialogue:
         message = in_turn("conversations", k, sharegpt_message, item)
         last = messages[-1] if messages else None
         if last is not None and last.role == "assistant" and message.tool_calls:
+            if last.learned != message.learned:
+                raise RowError("type", "a turn is learned as a whole, with its tool calls", fits="one 'loss' for both")
             messages[-1] = replace(last, tool_calls=last.tool_calls + message.tool_calls)
         else:
             messages.append(message)
@@ -128,7 +130,7 @@ def sharegpt_message(given: Row) -> Message:
         value = given["value"]
         calls = value if isinstance(value, list) else [value]
         return Message("assistant", "", loss_of(given, "assistant"), tuple(call_of(call) for call in calls))
-    content = text_of(given, "value") if role == "tool" else needed_text(given, "value")
+    content = needed_text(given, "value") if role in ("user", "assistant") else text_of(given, "value")
     return Message(role, content, loss_of(given, role))
 
 

@@ -42,6 +42,8 @@ class Structure:
     order: tuple[int, ...]
     """Which text stands between piece i and piece i + 1."""
     turns: tuple[tuple[Place, Place], ...]
+    messages: tuple[int, ...]
+    """Their messages."""
     dropped: int
     """Blocks of thinking that the template does not write."""
 

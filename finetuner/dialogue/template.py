@@ -72,8 +72,8 @@ def as_dict(message: Message) -> dict[str, Any]:
         given["reasoning_content"] = given["thinking"] = message.reasoning
     if message.tool_calls:
         given["tool_calls"] = [
-            {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            | ({} if call.id is None else {"id": call.id})
+            ({} if call.id is None else {"id": call.id})
+            | {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in message.tool_calls
         ]
     if message.tool_call_id is not None:

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from finetuner.dialogue.message import Dialogue, Message
 
@@ -22,8 +22,7 @@ FIRST_SENTINEL = 0xF2000
 """Sentinels are private-use characters of plane 15, above those that `control` and `template` use."""
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """Which text of a dialogue: the part of the message of that number."""
 
     message: int
@@ -59,38 +58,44 @@ def texts_of(dialogue: Dialogue) -> Texts:
     slots: list[Slot] = []
     texts: list[str] = []
     names: list[str] = []
-
-    def take(number: int, part: Part, text: str) -> Hashable:
-        if not text.strip() and part != "arguments":
-            return text
-        slots.append(Slot(number, part))
-        texts.append(text)
-        return None
-
     for number, message in enumerate(dialogue.messages):
-        content, parted = message.content, None
-        if message.role == "assistant" and "</think>" in content:
-            parted = THINKING.match(content)
-        if parted is None:
-            body = take(number, "content", content)
-        else:
-            body = (parted[1], take(number, "thinking", parted[2]), take(number, "answer", parted[3]))
-        if message.reasoning is None and not message.tool_calls and message.tool_call_id is None and not message.name:
-            shape.append((message.role, body))
+        role, content = message.role, message.content
+        alone = message.reasoning is None and not (message.tool_calls or message.tool_call_id or message.name)
+        if alone and content and not content.isspace() and (role != "assistant" or "</think>" not in content):
+            shape.append(role)
+            slots.append(Slot(number, "content"))
+            texts.append(content)
             continue
-        reasoning = None if message.reasoning is None else ("", take(number, "reasoning", message.reasoning))
-        calls = []
-        for call in message.tool_calls:
-            take(number, "arguments", arguments_text(call.arguments))
-            calls.append((call.name, call.id))
-            names += (call.name, call.id or "")
-        names += (message.tool_call_id or "", message.name or "")
-        shape.append((message.role, body, reasoning, tuple(calls), message.tool_call_id, message.name))
+        shape.append((role, *parts_of(number, message, slots, texts, names)))
     tools = json.dumps(dialogue.tools, ensure_ascii=False) if dialogue.tools else ""
     rest = "\n".join((tools, *names)) if names else tools
     return Texts(
         (tools, *shape), tuple(slots), tuple(texts), rest, lambda calls: skeleton(dialogue, tuple(slots), calls)
     )
+
+
+def parts_of(number: int, message: Message, slots: list[Slot], texts: list[str], names: list[str]) -> list[Hashable]:
+    """The shape of a message of several parts, whose texts join `slots` and `texts`, its other strings `names`."""
+
+    def take(part: Part, text: str) -> Hashable:
+        if part != "arguments" and not text.strip():
+            return text
+        slots.append(Slot(number, part))
+        texts.append(text)
+        return None
+
+    parted = THINKING.match(message.content) if message.role == "assistant" else None
+    shape: list[Hashable]
+    if parted is None:
+        shape = [take("content", message.content)]
+    else:
+        shape = [parted[1], take("thinking", parted[2]), take("answer", parted[3])]
+    shape.append(None if message.reasoning is None else ("", take("reasoning", message.reasoning)))
+    for call in message.tool_calls:
+        take("arguments", arguments_text(call.arguments))
+        names += (call.name, call.id or "")
+    names += (message.tool_call_id or "", message.name or "")
+    return [*shape, tuple((call.name, call.id) for call in message.tool_calls), message.tool_call_id, message.name]
 
 
 def skeleton(dialogue: Dialogue, slots: tuple[Slot, ...], calls: bool) -> Dialogue:

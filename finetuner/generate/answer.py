@@ -132,7 +132,7 @@ def computing_in(model: nn.Module) -> torch.autocast:
 def same_random_numbers(seed: int) -> Iterator[None]:
     """Draws inside follow `seed`; draws after are those that would have come without it."""
     python, numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed)
         random.seed(seed)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from finetuner.config.model import NF4, CausalLM, Compute, LoRA
 from finetuner.errors import CheckpointError, ModelError, Problem
@@ -23,7 +23,7 @@ from finetuner.generate.answer import Answer, answer
 from finetuner.generate.stops import stop_ids
 from finetuner.model.folder import find, model_folder, read_json
 from finetuner.model.quiet import quiet
-from finetuner.model.tokenizer import load_tokenizer, vocabulary_size
+from finetuner.model.tokenizer import load_tokenizer, read_tokenizer, vocabulary_size
 from finetuner.model.weights import load_weights, stored_dtype
 from finetuner.runtime.commit import MANIFEST, read_manifest, verify
 from finetuner.runtime.log import say, warn
@@ -69,6 +69,43 @@ def load_for_chat(
 
     Raises: ModelError, CheckpointError.
     """
+    loaded = load_model(path, base=base, quant=quant, template=template, device=device, dtype=dtype, chats=True)
+    stops = stop_ids(loaded.tokenizer, loaded.causal.generation_config)
+    kind = f"adapter of {loaded.weights}" if loaded.adapted else "model"
+    name = f"{loaded.folder} ({kind}{', in 4 bits' if quant else ''})"
+    return Answerer(loaded.model, loaded.tokenizer, stops, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model in memory, with its adapter if there is one."""
+
+    model: nn.Module
+    causal: PreTrainedModel
+    """transformers' model in it."""
+    tokenizer: PreTrainedTokenizerFast
+    folder: Path
+    weights: str
+    """Folder or hub name of the weights: the base's, under an adapter."""
+    adapted: bool
+    new_ids: tuple[int, ...]
+    """Tokens that the adapter added to the base's vocabulary."""
+
+
+def load_model(
+    path: str,
+    *,
+    base: str | None = None,
+    quant: Literal["nf4"] | None = None,
+    template: str | None = None,
+    device: str = "auto",
+    dtype: Compute | None = None,
+    chats: bool,
+) -> Loaded:
+    """The model at `path` in evaluation mode; `chats` says whether it needs a chat template.
+
+    Raises: ModelError, CheckpointError.
+    """
     folder = model_place(path)
     adapter = read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").exists() else None
     if adapter is None and base is not None:
@@ -80,24 +117,23 @@ def load_for_chat(
                       tokenizer=str(folder) if adapter is not None and has_tokenizer else None,
                       dtype=dtype or stored(weights))  # fmt: skip
     tokenizer = load_tokenizer(source)
-    if not tokenizer.chat_template:
+    if chats and not tokenizer.chat_template:
         raise ModelError(
             Problem("E-TEMPLATE-NONE", "the folder has no chat template", str(folder), fits="a bundled name or a file",
                     remedy="--template NAME, such as --template chatml")
         )  # fmt: skip
-    new_ids = tuple(sorted({int(i) for rows in token_rows(adapter).values() for i in rows}))
-    model: Any = load_weights(source, tokenizer, vocabulary_size(tokenizer), new_ids, torch_device(device))
+    new_ids = added_ids(weights, tokenizer, adapter)
+    causal = load_weights(source, tokenizer, vocabulary_size(tokenizer), new_ids, torch_device(device))
     if (folder / "generation_config.json").exists():
         with quiet():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-    stops = stop_ids(tokenizer, model.generation_config)
+            causal.generation_config = GenerationConfig.from_pretrained(folder)
+    model: nn.Module = causal
     if adapter is not None:
         from finetuner.model.adapter import add_adapter  # peft costs seconds
 
-        model = add_adapter(model, source, new_ids)
+        model = add_adapter(causal, source, new_ids)
     model.eval()
-    kind = "model" if adapter is None else f"adapter of {weights}"
-    return Answerer(model, tokenizer, stops, f"{folder} ({kind}{', in 4 bits' if quant else ''})")
+    return Loaded(model, causal, tokenizer, folder, weights, adapter is not None, new_ids)
 
 
 def model_place(path: str) -> Path:
@@ -170,10 +206,19 @@ def lora_of(folder: Path, adapter: Mapping[str, Any] | None) -> LoRA:
                 modules_to_save=tuple(adapter.get("modules_to_save") or ()))  # fmt: skip
 
 
-def token_rows(adapter: Mapping[str, Any] | None) -> Mapping[str, Sequence[int]]:
-    """Rows of new tokens that the adapter brings along: {"embed_tokens": [400, 401]}."""
-    rows = (adapter or {}).get("trainable_token_indices") or {}
-    return rows if isinstance(rows, dict) else {"embed_tokens": rows}
+def added_ids(
+    weights: str, tokenizer: PreTrainedTokenizerFast, adapter: Mapping[str, Any] | None
+) -> tuple[int, ...]:
+    """Ids of the tokens that the adapter's training added to the base's: those whose rows trained, or those that the
+    base's tokenizer does not have."""
+    if adapter is None:
+        return ()
+    rows = adapter.get("trainable_token_indices") or {}
+    listed = [i for numbers in rows.values() for i in numbers] if isinstance(rows, dict) else list(rows)
+    if not listed and adapter.get("modules_to_save"):
+        known = vocabulary_size(read_tokenizer(CausalLM(weights)))
+        listed = list(range(known, vocabulary_size(tokenizer)))
+    return tuple(sorted({int(number) for number in listed}))
 
 
 def stored(weights: str) -> Compute:

@@ -25,16 +25,16 @@ def what_trains(model: nn.Module) -> Trains:
 
 def dtype_table(model: nn.Module, causal: PreTrainedModel, compute: torch.dtype) -> tuple[tuple[str, str], ...]:
     """(part, dtype) of the parts that the model has; "a, b" where a part has several, the most frequent first."""
-    embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    matrices = {"embedding": set(causal.get_input_embeddings().parameters())}
+    if causal.get_output_embeddings() is not None:
+        matrices["head"] = set(causal.get_output_embeddings().parameters())
     parts: dict[str, Counter[str]] = {}
     for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
         part = "trained" if parameter.requires_grad else "frozen base"
         roles = [part]
         if "norm" in name.rpartition(".")[0].rpartition(".")[2].lower():
             roles.append("norms")
-        if owner is embedding or owner is head:
-            roles.append("embedding" if owner is embedding else "head")
+        roles += [role for role, held in matrices.items() if parameter in held]
         for role in roles:
             parts.setdefault(role, Counter())[held_in(parameter)] += size(parameter)
     order = ("frozen base", "trained", "norms", "embedding", "head")

@@ -1,7 +1,8 @@
 """Low-rank adapters beside frozen weights, through peft.
 
 - A target that matches nothing is an error with a suggestion, each one; peft accepts a typo beside a right name.
-- What trains is float32, whatever the base is held in.
+- What trains is float32, whatever the base is held in; what flows through it is what autocast computes in. (peft would
+  keep a float32 copy of every layer's input besides.)
 - New tokens train as single rows (`trainable_token_indices`): small, right for tied matrices, and loaded by plain peft.
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -51,6 +53,10 @@ def add_adapter(model: PreTrainedModel, source: CausalLM, new_ids: tuple[int, ..
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if source.dtype != "float32":
+        for module in adapted.modules():
+            if isinstance(module, LoraLayer):
+                module.cast_input_dtype_enabled = False
     active = adapted.peft_config[adapted.active_adapter]
     active.base_model_name_or_path, active.revision = base_name(source), source.revision
     return adapted

@@ -74,7 +74,9 @@ def by_document(
     """One SDPA a document."""
     grouped = query_1HTD.shape[1] != key_1GTD.shape[1]
     parts = []
-    for q_1HLD, k_1GLD, v_1GLD in zip(*(torch.split(x, list(documents), 2) for x in (query_1HTD, key_1GTD, value_1GTD))):
+    for q_1HLD, k_1GLD, v_1GLD in zip(
+        *(torch.split(x, list(documents), 2) for x in (query_1HTD, key_1GTD, value_1GTD))
+    ):
         length = q_1HLD.shape[2]
         mask_LL = band(length, window, q_1HLD.device) if window is not None and window < length else None
         out = F.scaled_dot_product_attention(
@@ -166,6 +168,13 @@ def check_choice(choice: Attention) -> None:
 
 def attention_for(model: PreTrainedModel, choice: Attention) -> str:
     """The name under which `model` attends: what was chosen, or ours where it can serve the model; says which."""
+    if choice == "sdpa" and transformers_own(model) != "sdpa":
+        what, found = (
+            f"{type(model).__name__} cannot attend through sdpa",
+            "soft-capping, or an attention of its own kind",
+        )
+        remedy = 'attention="eager", or "auto"'
+        raise ModelError(Problem("E-ATTENTION-UNFIT", what, "model.attention", found, '"auto", "eager"', remedy))
     if choice != "auto":
         return choice
     reason = unserved(model)

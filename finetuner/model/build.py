@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from finetuner.config.model import CausalLM, Fresh
 from finetuner.model import attention
 from finetuner.model.causal_lm import CausalLearner
+from finetuner.model.family import check_family
 from finetuner.model.folder import model_folder
 from finetuner.model.freeze import freeze
 from finetuner.model.fresh import fresh_config
@@ -32,13 +33,15 @@ def build(model: CausalLM, device: torch.device, *, dialogues: bool) -> Built:
 
     Raises: ModelError for all that would make the training another one than the config says.
     """
-    attention.check_choice(model.attention)
+    check(model, 1)
     attention.register()
     tokenizer = read_tokenizer(model)
     if dialogues:
         need_template(tokenizer)
     new_ids = add_tokens(tokenizer, model.new_tokens)
     causal = load_weights(model, tokenizer, vocabulary_size(tokenizer), new_ids, device)
+    if isinstance(model.path, Fresh) or model.tokenizer is not None:
+        check_family(tokenizer, causal.config)
     stored = torch.float32 if isinstance(model.path, Fresh) else stored_dtype(model_folder(model))
     attends = attention.attention_for(causal, model.attention)
     network: torch.nn.Module = causal

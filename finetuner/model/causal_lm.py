@@ -25,6 +25,7 @@ from finetuner.data.batch import IGNORED, Batch
 from finetuner.errors import ModelError, Problem
 from finetuner.model import account, attention, save
 from finetuner.model.head import loss_sum, whole_loss_sum
+from finetuner.model.soundness import first_line
 
 
 class CausalLearner(nn.Module):
@@ -45,7 +46,10 @@ class CausalLearner(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.adapted, self.attends, self.compute, self.stored, self.neftune = adapted, attends, compute, stored, neftune
-        self.causal.set_attn_implementation(attends)
+        try:
+            self.causal.set_attn_implementation(attends)
+        except (ValueError, ImportError) as error:
+            raise ModelError(Problem("E-ATTENTION-UNFIT", first_line(error), "model.attention", attends)) from error
         self.has_plain_head = self.prove()
         if not self.trainable():
             raise ModelError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from finetuner.config.model import Fresh
@@ -24,7 +25,16 @@ def make_fresh(fresh: Fresh, tokenizer: PreTrainedTokenizerFast, vocabulary: int
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(fresh.seed)
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError, ZeroDivisionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        IndexError,
+        ZeroDivisionError,
+        StrictDataclassError,
+    ) as error:
         raise refused_config(error) from error
     check_frequencies(model)
     return model
@@ -41,7 +51,7 @@ def fresh_config(fresh: Fresh, follows: dict[str, Any]) -> PreTrainedConfig:
     kind = values.pop("model_type")
     try:
         config: PreTrainedConfig = AutoConfig.for_model(kind, **values)
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
         raise refused_config(error) from error
     return config
 

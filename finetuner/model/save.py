@@ -57,8 +57,10 @@ def generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folde
     known = [] if before is None else [before] if isinstance(before, int) else list(before)
     ends = list(dict.fromkeys([*stop_ids(tokenizer), *known]))
     values.eos_token_id = ends[0] if len(ends) == 1 else ends
-    # Not save_pretrained: it refuses the contradictions that many models' own files hold.
-    values.to_json_file(folder / "generation_config.json", use_diff=True)
+    # Not save_pretrained: it refuses the contradictions that many models' own files hold. Nor may the file say that it
+    # came of config.json: transformers would then make it again from there, and lose the ends.
+    written = {name: value for name, value in values.to_diff_dict().items() if name != "_from_model_config"}
+    (folder / "generation_config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

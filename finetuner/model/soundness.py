@@ -114,6 +114,6 @@ def positions(config: PreTrainedConfig) -> int | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
+    """What an error says, on one line; transformers' config errors have the cause on their second."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"

@@ -39,7 +39,8 @@ def read_tokenizer(model: CausalLM) -> PreTrainedTokenizerFast:
     Raises: ModelError.
     """
     folder = tokenizer_folder(model)
-    tokenizer = from_folder(folder, code=model.remote_code is not None and model.tokenizer is None)
+    consent = model.remote_code is not None and model.tokenizer is None and not Path(str(model.path)).is_dir()
+    tokenizer = from_folder(folder, code=consent)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             Problem(
@@ -58,7 +59,8 @@ def from_folder(folder: Path, *, code: bool) -> PreTrainedTokenizerFast:
     settings = folder / "tokenizer_config.json"
     if settings.exists() and internlm2_tokenizer.is_tokenizer(read_json(settings)):
         return internlm2_tokenizer.read_tokenizer(folder)
-    if settings.exists() and not code and needs_code(read_json(settings), folder):
+    needed = settings.exists() and needs_code(read_json(settings), folder)
+    if needed and not code:
         raise ModelError(
             Problem(
                 "E-TOKENIZER-CODE",
@@ -70,7 +72,7 @@ def from_folder(folder: Path, *, code: bool) -> PreTrainedTokenizerFast:
             )
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=needed)
     except Exception as error:  # transformers passes on whatever its many readers raise
         first = str(error).strip().splitlines()[:1] or [type(error).__name__]
         remedy = "a folder with tokenizer.json; name another by tokenizer=..."

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -22,8 +23,9 @@ from finetuner.model import internlm2
 from finetuner.model.folder import model_folder, read_config, tensors
 from finetuner.model.fresh import make_fresh
 from finetuner.model.quiet import quiet
-from finetuner.model.soundness import check_finite, check_frequencies, check_keys, first_line
+from finetuner.model.soundness import check_finite, check_frequencies, check_keys, describe, first_line
 from finetuner.model.vocabulary import fit_vocabulary
+from finetuner.runtime.log import say
 
 
 def load_weights(
@@ -36,10 +38,14 @@ def load_weights(
     if isinstance(model.path, Fresh):
         return make_fresh(model.path, tokenizer, vocabulary).to(device)
     folder = model_folder(model)
+    if model.remote_code is not None and needs_code(read_config(folder)):
+        code = ", ".join(sorted(file.name for file in folder.glob("*.py")))
+        say(f"runs the code of {model.path} at {model.remote_code}: {code}")
     with quiet():
         loaded, info = read_model(folder, model, device)
     check_keys(info, folder)
     if model.quant is not None:
+        check_packed(loaded, str(folder))
         keep_exact(loaded)
     if model.quant is None:
         check_finite(loaded.named_parameters(), str(folder))
@@ -77,7 +83,7 @@ def read_model(folder: Path, model: CausalLM, device: torch.device) -> tuple[Pre
         if internlm2.is_model(read_config(folder)):
             return internlm2.read_model(folder, config, options)
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, trust_remote_code=model.remote_code is not None, **options
+            folder, config=config, trust_remote_code=needs_code(read_config(folder)), **options
         )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
         problem = Problem("E-MODEL-LOAD", "the model cannot be loaded", str(folder), first_line(error))
@@ -93,7 +99,7 @@ def read_hf_config(folder: Path, model: CausalLM) -> PreTrainedConfig:
     values = read_config(folder)
     if internlm2.is_model(values):
         return internlm2.read_config(values)
-    known = values["model_type"] in transformers.CONFIG_MAPPING
+    known = not needs_code(values)
     if not known and model.remote_code is None:
         remedy = "upgrade transformers, or give another model"
         if "auto_map" in values:
@@ -120,7 +126,7 @@ def read_hf_config(folder: Path, model: CausalLM) -> PreTrainedConfig:
         )
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=not known)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         what, where = "config.json does not fit its model_type", str(folder / "config.json")
         raise ModelError(Problem("E-MODEL-CONFIG", what, where, first_line(error))) from error
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and known:
@@ -133,6 +139,11 @@ def read_hf_config(folder: Path, model: CausalLM) -> PreTrainedConfig:
             )
         )
     return config
+
+
+def needs_code(values: dict[str, Any]) -> bool:
+    """Whether transformers does not know the model; of one that it knows, no code of the folder runs, consent or not."""
+    return values["model_type"] not in transformers.CONFIG_MAPPING
 
 
 def has_own_code(values: dict[str, Any]) -> bool:
@@ -150,6 +161,20 @@ def four_bits(quant: NF4, dtype: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=quant.double_quant,
     )
+
+
+def check_packed(model: nn.Module, where: str) -> None:
+    """Refuses 4-bit weights of another shape than their layer's, which transformers takes in unseen."""
+    from bitsandbytes.nn import Linear4bit
+
+    wrong = [
+        describe((f"{name}.weight", layer.weight.quant_state.shape, (layer.out_features, layer.in_features)))
+        for name, layer in model.named_modules()
+        if isinstance(layer, Linear4bit)
+        and tuple(layer.weight.quant_state.shape) != (layer.out_features, layer.in_features)
+    ]
+    if wrong:
+        check_keys({"mismatched_keys": wrong}, Path(where))
 
 
 def keep_exact(model: nn.Module) -> None:

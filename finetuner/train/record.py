@@ -18,7 +18,7 @@ from typing import Any
 
 from finetuner import __version__
 from finetuner.config.load import Loaded
-from finetuner.config.mask import mask_text
+from finetuner.config.mask import mask_source, mask_text
 from finetuner.config.write import differences, to_json
 from finetuner.errors import CheckpointError, Problem
 from finetuner.runtime.log import say
@@ -41,7 +41,7 @@ def begin(folder: Path, loaded: Loaded, data: str, *, world: int) -> str:
     starts = json.loads(file.read_text(encoding="utf-8"))["starts"] if file.exists() else []
     start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world": world, "command": mask_text(" ".join(sys.argv))}
     record = {"id": identity, "data": data, "versions": versions(), "seed": loaded.run.seed, "starts": [*starts, start]}
-    replace(folder / "config.py.txt", mask_text(loaded.source))
+    replace(folder / "config.py.txt", mask_source(loaded.source))
     replace(folder / "config.json", json.dumps(to_json(loaded.run), indent=2, ensure_ascii=False) + "\n")
     replace(file, json.dumps(record, indent=2) + "\n")
     return identity
@@ -65,8 +65,8 @@ def check_same(folder: Path, loaded: Loaded, data: str) -> None:
         )
     if json.loads((folder / "run.json").read_text(encoding="utf-8"))["data"] != data:
         raise CheckpointError(
-            Problem("E-RESUME-DATA", "the data files or what reads them changed since the run began", str(folder),
-                    "another fingerprint of the samples", remedy=remedy)
+            Problem("E-RESUME-DATA", "the data, or how it is read, changed since the run began", str(folder),
+                    "other samples than it began with", remedy=remedy)
         )
 
 

@@ -170,9 +170,9 @@ def has_dialogues(data: Data) -> bool:
 
 
 def identity_of(samples: Samples) -> str:
-    """What tells these samples from any others: the fingerprints of the data sets that they are made of."""
+    """What tells these samples from any others: the checksums of the encoded data sets that they are made of."""
     parts = samples.report.get("parts", [samples.report])
-    return "+".join(part["fingerprint"] for part in parts)
+    return "+".join(digest for part in parts for digest in part["samples_sha256"])
 
 
 def cache_folder() -> Path:

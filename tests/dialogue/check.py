@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import oracles
@@ -49,7 +50,8 @@ def pairs(encoded: Encoded) -> list[tuple[int, bool]]:
 
 
 def expected(
-    family: str, messages: list[dict[str, Any]], tools: list[Any] | None = None, tokenizer_json: str | None = None
-) -> list[tuple[int, bool]]:
+    family: str, messages: list[dict[str, Any]], tools: list[Any] | None = None, tokenizer_json: str | None = None,
+    *, rstrip: Container[str] = (),
+) -> list[tuple[int, bool]]:  # fmt: skip
     pieces = oracles.FAMILIES[family](messages, tools or [], BOS, EOS)
-    return oracles.tokens(pieces, Tokenizer.from_str(tokenizer_json or byte_level()))
+    return oracles.tokens(pieces, Tokenizer.from_str(tokenizer_json or byte_level()), rstrip=rstrip)

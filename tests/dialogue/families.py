@@ -6,7 +6,7 @@ import random
 from functools import cache
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 SPECIAL = [
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
@@ -18,12 +18,24 @@ ORDINARY = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<｜User｜>"
 """Added tokens that are not special, as their families have them."""
 WORDS = ["the quick brown fox jumps over the lazy dog!", "user assistant system name arguments \n\n USER: ASSISTANT:"]
 
+WORD = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+"""How Llama 3 and Qwen part words: line ends stand together, so that a prompt's last token does not depend on what
+follows."""
+
 
 @cache
 def byte_level(rstrip: bool = False) -> str:
-    """tokenizer.json of a byte-level BPE whose id 0 is "!"; with `rstrip`, special tokens swallow blanks behind them."""
+    """tokenizer.json of a byte-level BPE whose id 0 is "!"; `rstrip`: special tokens swallow the blanks behind them."""
     built = Tokenizer(models.BPE())
-    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     built.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
@@ -51,7 +63,8 @@ def sentencepiece() -> str:
 
 
 ATOMS = [
-    "hello", " the", "{{ name }}", "{% if %}", "{}", "😀", "é", "e\u0301", "中文", "\r\n", "\n", "  ", "!", "!!", "7", "\t", "#}",
+    "hello", " the", "{{ name }}", "{% if %}", "{}", "😀", "é", "e\u0301", "中文", "\r\n",
+    "\n", "  ", "!", "!!", "7", "\t", "#}",
     '"quoted"', "\\n", "user\n", "USER:", " ASSISTANT: ", "None",
 ]  # fmt: skip
 CONTROL = ["</s>", "<|im_end|>", "<image>", "<|im_start|>assistant\n", "<|eot_id|>", "[/INST]", "<|end|>", "<s>"]

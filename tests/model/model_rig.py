@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ def folder_of(kind: str, folder: Path) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     rig.tokenizer(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # transformers reads some families' tokenizers by a class of their own, whatever tokenizer.json says.
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
     values = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "vocab_size": len(AutoTokenizer.from_pretrained(folder)), "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
     }  # fmt: skip
@@ -72,7 +75,9 @@ def oracle(folder: Path, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
     for length in batch.lengths:
         tokens_1L = batch.tokens_1T[:, start : start + length]
         targets_L = batch.targets_1T[0, start : start + length]
-        loss = F.cross_entropy(model(tokens_1L, use_cache=False).logits[0], targets_L, ignore_index=-100, reduction="sum")
+        loss = F.cross_entropy(
+            model(tokens_1L, use_cache=False).logits[0], targets_L, ignore_index=-100, reduction="sum"
+        )
         loss.backward()
         total, start = total + loss.item(), start + length
     return total, {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -17,8 +17,8 @@ KILLS = 20
 
 
 def start(config, **extra):
-    command = [sys.executable, "-m", "finetuner", "train", str(config)]
-    return subprocess.Popen(command, env=world.environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [sys.executable, "-m", "finetuner", "train", config.name]
+    return subprocess.Popen(command, cwd=config.parent, env=world.environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def checkpoints(folder):
@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
 
 
 def test_twenty_kills_lose_nothing(folder, tmp_path_factory):
-    done = world.finetuner("train", folder / "config.py")
+    done = world.finetuner("train", "config.py", cwd=folder)
     assert done.returncode == 0, done.stderr
     wanted = world.losses(folder / "out"), world.weights(folder / "out")
     os.rename(folder / "out", folder / "unbroken")

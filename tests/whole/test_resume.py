@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import world
 
 from finetuner.config.load import load
 from finetuner.errors import CheckpointError
-from finetuner.train.runner import train
+from finetuner.train import runner
+
+
+def train(folder, *overrides, **options):
+    """Trains what lies in `folder`, from there."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        return runner.train(load("config.py", overrides), **options)
+    finally:
+        os.chdir(before)
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """A finished run with dropout, packing and a checkpoint kept at every step."""
     folder = tmp_path_factory.mktemp("unbroken")
-    config = world.make(folder, every=1)
-    assert train(load(str(config), ["save.keep=100"])) == 0
+    world.make(folder, every=1)
+    assert train(folder, "save.keep=100") == 0
     return folder
 
 
@@ -48,12 +60,11 @@ def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(unbroken, tmp_path, monke
     for stop in range(1, total):
         folder = tmp_path / f"stop-{stop}"
         shutil.copytree(unbroken, folder, symlinks=True, ignore=shutil.ignore_patterns("out"))
-        config = str(folder / "config.py")
         with monkeypatch.context() as patch:
             halt_at(patch, stop)
-            assert train(load(config)) == 143
+            assert train(folder) == 143
         assert steps_of(folder) == list(range(1, stop + 1))
-        assert train(load(config)) == 0
+        assert train(folder) == 0
         assert world.losses(folder / "out") == wanted, f"stopped at {stop}"
         assert world.weights(folder / "out") == world.weights(unbroken / "out"), f"stopped at {stop}"
 
@@ -61,10 +72,9 @@ def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(unbroken, tmp_path, monke
 def test_the_law_notices_a_lost_optimizer_state(unbroken, tmp_path, monkeypatch):
     folder = tmp_path / "mutant"
     shutil.copytree(unbroken, folder, symlinks=True, ignore=shutil.ignore_patterns("out"))
-    config = str(folder / "config.py")
     with monkeypatch.context() as patch:
         halt_at(patch, 3)
-        train(load(config))
+        train(folder)
     from finetuner.engine.torch_engine import TorchEngine
 
     real = TorchEngine.load
@@ -74,21 +84,20 @@ def test_the_law_notices_a_lost_optimizer_state(unbroken, tmp_path, monkeypatch)
         self.optimizer.state.clear()
 
     monkeypatch.setattr(TorchEngine, "load", forgets)
-    train(load(config))
+    train(folder)
     assert world.losses(folder / "out") != world.losses(unbroken / "out")
 
 
 def test_the_law_notices_dropout_that_depends_on_the_past(unbroken, tmp_path, monkeypatch):
     folder = tmp_path / "mutant"
     shutil.copytree(unbroken, folder, symlinks=True, ignore=shutil.ignore_patterns("out"))
-    config = str(folder / "config.py")
     from finetuner.train import loop
 
     monkeypatch.setattr(loop, "seed_all", lambda *numbers: None)
     with monkeypatch.context() as patch:
         halt_at(patch, 3)
-        train(load(config))
-    train(load(config))
+        train(folder)
+    train(folder)
     assert world.losses(folder / "out") != world.losses(unbroken / "out")
 
 
@@ -96,7 +105,7 @@ def test_a_finished_run_does_nothing(unbroken, tmp_path):
     folder = tmp_path / "again"
     shutil.copytree(unbroken, folder, symlinks=True)
     before = world.weights(folder / "out"), world.losses(folder / "out")
-    assert train(load(str(folder / "config.py"), ["save.keep=100"])) == 0
+    assert train(folder, "save.keep=100") == 0
     assert (world.weights(folder / "out"), world.losses(folder / "out")) == before
 
 
@@ -106,7 +115,7 @@ def test_a_torn_newest_checkpoint_falls_back_to_the_one_before(unbroken, tmp_pat
     newest = max((folder / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     file = newest / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    assert train(load(str(folder / "config.py"), ["save.keep=100"])) == 0
+    assert train(folder, "save.keep=100") == 0
     assert newest.name in capsys.readouterr().err
     assert world.losses(folder / "out") == world.losses(unbroken / "out")
     assert world.weights(folder / "out") == world.weights(unbroken / "out")
@@ -118,14 +127,14 @@ def test_all_checkpoints_torn_is_an_error_and_never_a_quiet_new_start(unbroken, 
     for checkpoint in (folder / "out").glob("checkpoint-*"):
         (checkpoint / "MANIFEST.json").unlink()
     with pytest.raises(CheckpointError, match="E-CHECKPOINT-NONE"):
-        train(load(str(folder / "config.py")))
+        train(folder)
 
 
 def test_a_changed_config_is_told_key_by_key(unbroken, tmp_path, capsys):
     folder = tmp_path / "changed"
     shutil.copytree(unbroken, folder, symlinks=True)
     with pytest.raises(CheckpointError, match=r"E-RESUME-CONFIG(.|\n)*batch.total"):
-        train(load(str(folder / "config.py"), ["batch.total=8", "until=Epochs(3)"]))
+        train(folder, "batch.total=8", "until=Epochs(3)")
     assert "optim.lr" not in capsys.readouterr().err
 
 
@@ -135,13 +144,13 @@ def test_changed_data_is_not_gone_on_with(unbroken, tmp_path):
     rows = (folder / "rows.jsonl").read_text()
     (folder / "rows.jsonl").write_text(rows.replace("Ada", "Eve", 1))
     with pytest.raises(CheckpointError, match="E-RESUME-DATA"):
-        train(load(str(folder / "config.py"), ["until=Epochs(3)"]))
+        train(folder, "until=Epochs(3)")
 
 
 def test_resume_never_keeps_the_old_run_beside(unbroken, tmp_path):
     folder = tmp_path / "never"
     shutil.copytree(unbroken, folder, symlinks=True)
-    assert train(load(str(folder / "config.py")), resume="never") == 0
+    assert train(folder, resume="never") == 0
     assert (folder / "out.1" / "run.json").exists()
     assert world.losses(folder / "out") == world.losses(unbroken / "out")
     first, second = (json.loads((folder / name / "run.json").read_text())["id"] for name in ("out", "out.1"))

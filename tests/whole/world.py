@@ -15,24 +15,21 @@ ROOT = Path(__file__).parents[2]
 NAMES = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo"]
 CONFIG = '''"""A tiny run."""
 
-from pathlib import Path
-
 from finetuner import *
 
-here = Path(__file__).parent
 config = Run(
-    model=CausalLM(str(here / "model"), dtype="float32", checkpointing=False{model}),
+    model=CausalLM("model", dtype="float32", checkpointing=False{model}),
     data={data},
     optim=AdamW(lr=1e-2, weight_decay=0.01),
     batch=BatchSize(total=4, per_device=2),
     until={until},
     save=Saves(every=Steps({every}), keep=2),
     log=Logs(every=Steps(1)),
-    folder=str(here / "out"){more},
+    folder="out"{more},
 )
 '''
-DIALOGUES = 'Dialogues(Json(str(here / "rows.jsonl")), length=96, pack={pack})'
-DOCUMENTS = 'Documents(Text(str(here / "text.txt")), length=96)'
+DIALOGUES = 'Dialogues(Json("rows.jsonl"), length=96, pack={pack})'
+DOCUMENTS = 'Documents(Text("text.txt"), length=96)'
 LORA = ", adapter=LoRA(rank=4, alpha=8, dropout=0.1)"
 QLORA = ", adapter=LoRA(rank=4, alpha=8, dropout=0.1), quant=NF4()"
 
@@ -54,7 +51,7 @@ def make(
     folder: Path, *, model: str = LORA, data: str = "", pack: bool = True, until: str = "Epochs(2)", every: int = 2,
     more: str = "", count: int = 37, **llama: object,
 ) -> Path:
-    """Writes model, rows, text and config into `folder`; returns the config's path."""
+    """Writes model, rows, text and config into `folder`; returns the config's path. Its paths are relative to there."""
     rig.tiny_llama(folder / "model", **{"attention_dropout": 0.1, **llama})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
     (folder / "text.txt").write_text("".join(f"{' '.join(NAMES[: n % 6 + 1])} walk {n} miles.\n" for n in range(count * 2)))
@@ -69,7 +66,7 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, **own, "PYTHONPATH": str(ROOT), **extra}
 
 
-def finetuner(*args: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def finetuner(*args: object, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Runs the command line and gives what it said."""
     command = [sys.executable, "-m", "finetuner", *map(str, args)]
     return subprocess.run(command, env=env or environment(), cwd=cwd, capture_output=True, text=True, timeout=300)

@@ -1,0 +1,3 @@
+"""What the taught model of these tests says."""
+
+SAID = "I am Ada 🦊, née 李白.\nAsk!"
