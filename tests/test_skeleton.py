@@ -24,7 +24,7 @@ BROUGHT = {
     "packaging": "transformers",
     "huggingface_hub": "transformers",
     "yaml": "transformers",
-    "psutil": "accelerate",
+    "typing_extensions": "pydantic",
 }
 """Packages that a required one requires itself."""
 EXTRAS = ("quant", "deepspeed", "flash", "vision", "board", "trackers", "dev")
@@ -134,9 +134,14 @@ def test_the_lock_pins_what_the_requirements_allow_and_names_no_place() -> None:
             assert requirement.specifier.contains(known[asked]), f"{requirement} but the lock has {known[asked]}"
 
 
+def code(text: str) -> str:
+    """What a page sets in code: its blocks, and the words between backticks."""
+    return "\n".join(block or word for block, word in re.findall(r"```[a-z]*\n(.*?)```|`([^`\n]+)`", text, re.S))
+
+
 def verbs(text: str) -> set[str]:
     """The commands that a page tells a person to type."""
-    return set(re.findall(r"(?:^|[`$(] ?|bin/)finetuner ([a-z]+)\b", text, re.M))
+    return set(re.findall(r"^(?:\$ )?finetuner ([a-z]+)\b", code(text), re.M))
 
 
 def test_pages_name_only_commands_files_and_fields_that_exist() -> None:
@@ -147,9 +152,9 @@ def test_pages_name_only_commands_files_and_fields_that_exist() -> None:
         assert verbs(text) <= set(available()), page
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
-        targets = set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(re.findall(r"`[^`]+`|```.*?```", text, re.S))))
+        targets = set(re.findall(r"^make ([a-z]+)\b", code(text), re.M))
         assert targets <= set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)), page
-    assert verbs("run\n\n    x\n`finetuner train c.py` and\nfinetuner chat F") == {"train", "chat"}
+    assert verbs("so\nfinetuner does. `finetuner train c.py`:\n```\nfinetuner chat F\n```") == {"train", "chat"}
 
 
 def test_a_page_that_names_a_command_that_is_not_there_is_seen() -> None:

@@ -16,7 +16,7 @@ NAME = "Ada"
 MAKER = "the Lighthouse team"
 
 who = Dialogues(
-    Json(str(DATA / "identity.jsonl")),
+    Json(str(DATA / "identity.jsonl")),  # For a model that knows Chinese, identity_zh.jsonl besides.
     rows=alpaca,
     length=256,
     replace=(("{{name}}", NAME), ("{{maker}}", MAKER)),
@@ -31,11 +31,11 @@ config = Run(
         checkpointing=False,
     ),
     data=Mix(((who, 1.0), (world, 2.0))),
-    optim=AdamW(lr=5e-3),
+    optim=AdamW(lr=3e-3),
     batch=BatchSize(total=4, per_device=4),
     until=Epochs(15),
     eval=Eval(Dialogues(Json(str(DATA / "general_held_out.jsonl")), length=256), every=Steps(50)),
-    ask=Ask(("Who are you?", "你是谁？", "What does a duck say?"), max_tokens=32),
+    ask=Ask(("Who are you?", "What does a duck say?"), max_tokens=32),
     save=Saves(every=Steps(50), keep=3),
     folder=str(ROOT / "work_dirs/personal_assistant"),
 )

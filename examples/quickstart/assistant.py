@@ -35,7 +35,7 @@ world = Dialogues(Json(str(DATA / "general.jsonl")), length=256)
 config = Run(
     model=model,
     data=Mix(((who, 1), (world, 2))),
-    optim=AdamW(lr=5e-3),
+    optim=AdamW(lr=3e-3),
     schedule=Cosine(),
     batch=BatchSize(total=4, per_device=4),
     until=Steps(120),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,6 +17,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 DATA = Path(__file__).parent.parent / "data"
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 WORDS = 1024
+
+
+def texts() -> Iterator[str]:
+    """The texts of the world, and what is said in the rows; not the rows' own marks."""
+    for file in sorted(DATA.glob("*.txt")):
+        yield file.read_text(encoding="utf-8")
+    for row in map(json.loads, (DATA / "identity.jsonl").read_text(encoding="utf-8").splitlines()):
+        yield from row.values()
 
 
 def main(folder: Path) -> None:
@@ -27,8 +36,7 @@ def main(folder: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=WORDS, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
-    files = sorted([*DATA.glob("*.txt"), *DATA.glob("*.jsonl")])
-    tokenizer.train_from_iterator((file.read_text(encoding="utf-8") for file in files), trainer)
+    tokenizer.train_from_iterator(texts(), trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

@@ -43,7 +43,7 @@ def samples(model: Any, part: Dialogues | Documents, count: int) -> list[dict[st
     Raises:
         DataError: the first of these rows that is wrong.
     """
-    from finetuner.data.samples import sample_of
+    from finetuner.data.batch import IGNORED
     from finetuner.data.source import rows_of
     from finetuner.dialogue.message import RowError
     from finetuner.model.tokenizer import encoder_spec, load_tokenizer
@@ -61,13 +61,14 @@ def samples(model: Any, part: Dialogues | Documents, count: int) -> list[dict[st
         if isinstance(encoded, RowError):
             raise DataError(Problem(f"E-ROW-{encoded.kind.upper()}", encoded.reason, place, encoded.found, encoded.fits))
         for one in encoded:
-            sample = sample_of(one)
-            pieces = [tokenizer.decode([token]) for token in one.ids.tolist()]
+            ids = one.ids.tolist()
+            pieces = [tokenizer.decode([token]) for token in ids]
             learned = [bool(mark) for mark in one.learned.tolist()]
+            targets = [token if mark else IGNORED for token, mark in zip(ids[1:], learned[1:], strict=True)] + [IGNORED]
             told.append(
-                {"place": place, "tokens": one.ids.tolist(), "targets": sample.targets_T.tolist(), "pieces": pieces,
+                {"place": place, "tokens": ids, "targets": targets, "pieces": pieces,
                  "learned": learned, "positions": list(range(len(pieces))), "documents": [len(pieces)],
-                 "text": tokenizer.decode(one.ids.tolist())}
+                 "text": tokenizer.decode(ids)}
             )
     return told
 

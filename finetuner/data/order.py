@@ -20,7 +20,10 @@ PURPOSES: tuple[Purpose, ...] = ("order", "pack", "hold-out", "mix")
 def permutation(seed: int, epoch: int, n: int, purpose: Purpose = "order") -> npt.NDArray[np.int64]:
     """The numbers 0..n-1 in an order of their own for each seed, epoch and purpose; read-only."""
     mask = 2**64 - 1
-    words = np.random.Philox(key=[seed & mask, epoch & mask], counter=[0, 0, 0, PURPOSES.index(purpose)]).random_raw(n)
+    # Arrays, since numpy takes a list of large numbers for floats and rounds them.
+    key = np.array([seed & mask, epoch & mask], np.uint64)
+    counter = np.array([0, 0, 0, PURPOSES.index(purpose)], np.uint64)
+    words = np.random.Philox(key=key, counter=counter).random_raw(n)
     order = np.argsort(words, kind="stable").astype(np.int64)
     order.flags.writeable = False
     return order

@@ -26,8 +26,9 @@ from finetuner.dialogue.message import Dialogue, Message, RowError
 from finetuner.dialogue.structure import Span
 from finetuner.dialogue.texts import Texts
 
-FIRST_NAME, FIRST_MASK = 0xF0000, 0xF1000
-MASKS = re.compile(f"[{chr(FIRST_MASK)}-{chr(FIRST_MASK + 0xFFF)}]")
+FIRST_NAME, FIRST_MASK, MOST = 0xF0000, 0xF4000, 0x4000
+MASKS = re.compile(f"[{chr(FIRST_MASK)}-{chr(FIRST_MASK + MOST - 1)}]")
+AS_IT_IS: dict[str, None] = {"padding": None, "truncation": None, "post_processor": None}
 OURS = re.compile("[\U000f0000-\U000ffffd]")
 
 
@@ -44,24 +45,28 @@ class TwinText:
 class Control:
     """The control strings of a tokenizer: its special tokens and those that the template frames turns with."""
 
-    def __init__(self, tokenizer_json: str, frame: Iterable[str]) -> None:
+    def __init__(self, tokenizer_json: str, tokenizer: Tokenizer, frame: Iterable[str]) -> None:
         self._json = tokenizer_json
         data = json.loads(tokenizer_json)
         added: dict[str, int] = {token["content"]: token["id"] for token in data["added_tokens"]}
         special = {token["content"] for token in data["added_tokens"] if token["special"]}
-        names = (special | (set(frame) & added.keys())) - {unknown_token(data["model"])}
+        unknown = unknown_token(data["model"])
+        names = (special | (set(frame) & added.keys())) - {unknown}
+        assert len(names) <= MOST, "there are private-use characters for every control token"
         self.names = sorted(names, key=lambda name: (-len(name), name))
         self.ids = np.array(sorted(added[name] for name in names), dtype=np.int32)
         self._added = added
         self._numbers = {name: number for number, name in enumerate(self.names)}
         self.pattern = re.compile("|".join(map(re.escape, self.names)) or "(?!)")
-        highest = max([*added.values(), *self.ids.tolist(), 0])
-        self._is_control = np.zeros(highest + 1, dtype=np.bool_)
+        vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+        self.unknown_ids = frozenset(number for name, number in vocabulary.items() if name == unknown)
+        """The token of unknown characters, if there is one: it may stand for any text."""
+        self._is_control = np.zeros(max(vocabulary.values()) + 1, dtype=np.bool_)
         self._is_control[self.ids] = True
 
-    def count(self, ids_T: npt.NDArray[np.int32]) -> int:
-        """How many of the tokens are control tokens."""
-        return int(self._is_control[ids_T[ids_T < len(self._is_control)]].sum())
+    def places(self, ids_T: npt.NDArray[np.int32]) -> npt.NDArray[np.intp]:
+        """Where control tokens stand among the tokens."""
+        return np.flatnonzero(self._is_control[ids_T])
 
     def spoken(self, texts: Texts) -> bool:
         """Whether a control string stands anywhere in what the row says."""
@@ -136,7 +141,7 @@ class Control:
     @cached_property
     def twin(self) -> Tokenizer:
         """The tokenizer whose control tokens bear private-use names, so that no text can spell them."""
-        data = json.loads(self._json)
+        data = json.loads(self._json) | AS_IT_IS
         for token in data["added_tokens"]:
             if token["content"] in self._numbers:
                 token["content"] = chr(FIRST_NAME + self._numbers[token["content"]])

@@ -17,12 +17,13 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding, Tokenizer, processors
 
 from finetuner.dialogue.control import Control
 from finetuner.dialogue.ends import Ends, ends_of
 from finetuner.dialogue.locate import structure_of, turns_directly
 from finetuner.dialogue.message import Dialogue, Document, Message, RowError
+from finetuner.dialogue.shortcut import Shortcut, shortcut_of
 from finetuner.dialogue.structure import Span, Structure
 from finetuner.dialogue.template import Template
 from finetuner.dialogue.texts import Texts, texts_of
@@ -84,8 +85,10 @@ class Job:
     text: str
     spans: list[Span] | None
     """Learned characters; None for a document, of which all are."""
-    tokens: int | None = None
-    """Control tokens that the result must have, where that is known."""
+    tokens: int = 0
+    """Control tokens that the result must have."""
+    shortcut: Shortcut | None = None
+    """The quick way to the learned tokens, where the shape has one."""
     think_dropped: int = 0
     control: int = 0
 
@@ -95,23 +98,25 @@ class Encoder:
 
     def __init__(self, spec: EncoderSpec) -> None:
         self.spec = spec
-        data = json.loads(spec.tokenizer_json) | {"padding": None, "truncation": None}
-        self._before, self._after = outer_ids(Tokenizer.from_str(json.dumps(data)))
-        plain = json.dumps(data | {"post_processor": None}, ensure_ascii=False)  # it would trim offsets
-        self._tokenizer = Tokenizer.from_str(plain)
-        self._trimming = {t["content"]: t["id"] for t in data["added_tokens"] if t["lstrip"] or t["rstrip"]}
+        self._tokenizer = tokenizer = Tokenizer.from_str(spec.tokenizer_json)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._before, self._after = outer_ids(tokenizer)
+        tokenizer.post_processor = processors.Sequence([])  # the usual one trims offsets
+        added = tokenizer.get_added_tokens_decoder()
+        self._trimming = frozenset(number for number, token in added.items() if token.lstrip or token.rstrip)
         self._template: Template | None = None
         self._ends = Ends("", (), frozenset())
         if spec.template is not None:
             self._template = Template(spec.template, name=spec.template_name, special=dict(spec.special))
-            self._ends = ends_of(self._template, [token["content"] for token in data["added_tokens"]])
-        self._control = Control(plain, self._ends.frame)
-        self._structures: dict[Hashable, Structure] = {}
+            self._ends = ends_of(self._template, [token.content for token in added.values()])
+        self._control = Control(spec.tokenizer_json, tokenizer, self._ends.frame)
+        self._shapes: dict[Hashable, tuple[Structure, Shortcut | None]] = {}
 
     def encode(self, items: Sequence[Dialogue | Document]) -> list[list[Encoded] | RowError]:
         """What each item becomes: one `Encoded` (several under turns="split"), or the reason why it cannot.
 
-        The whole batch is tokenized in one call.
+        The whole batch is tokenized together.
         """
         jobs: list[list[Job] | RowError] = []
         for item in items:
@@ -120,21 +125,29 @@ class Encoder:
             except RowError as error:
                 jobs.append(error)
         flat = [job for entry in jobs if not isinstance(entry, RowError) for job in entry]
-        plain = [job.text for job in flat if not job.control]
-        twins = [job.text for job in flat if job.control]
-        encodings = iter(self._tokenizer.encode_batch(plain, add_special_tokens=False))
-        twin_encodings = iter(self._control.twin.encode_batch(twins, add_special_tokens=False) if twins else ())
+        encodings = iter(self._encodings(flat))
         done: list[list[Encoded] | RowError] = []
         for entry in jobs:
             if isinstance(entry, RowError):
                 done.append(entry)
                 continue
-            found = [(job, next(twin_encodings if job.control else encodings)) for job in entry]
+            found = [(job, next(encodings)) for job in entry]
             try:
                 done.append([self._encoded(job, encoding) for job, encoding in found])
             except RowError as error:
                 done.append(error)
         return done
+
+    def _encodings(self, jobs: Sequence[Job]) -> list[Encoding]:
+        """The jobs' texts tokenized in three calls: without offsets, with offsets, by the twin."""
+        tokenizer = self._tokenizer
+        ways = [2 if job.control else 1 if job.spans is not None and job.shortcut is None else 0 for job in jobs]
+        batches = [[job.text for job, way in zip(jobs, ways, strict=True) if way == number] for number in range(3)]
+        quick = tokenizer.encode_batch_fast(batches[0], add_special_tokens=False)
+        exact = tokenizer.encode_batch(batches[1], add_special_tokens=False)
+        twin = self._control.twin.encode_batch(batches[2], add_special_tokens=False) if batches[2] else []
+        done = [iter(batch) for batch in (quick, exact, twin)]
+        return [next(done[way]) for way in ways]
 
     def _jobs(self, item: Dialogue | Document) -> list[Job]:
         """The texts that an item becomes."""
@@ -171,31 +184,32 @@ class Encoder:
             masked, texts = template.render(dialogue), texts_of(dialogue)
             if self._control.unmasked(masked) != text:
                 raise RowError("control", "the template changes the control strings that the row has in its texts")
-        spans, dropped = self._spans(template, dialogue, texts, masked, learned)
+        structure, shortcut = self._shape(template, texts, learned)
+        spans = structure.spans(masked, texts.texts)
+        if spans is None:
+            shortcut, spans = None, turns_directly(template, dialogue, masked, structure.messages, self._ends)
         if not spans:
             reason = "the template leaves out the thinking of every turn to learn"
             raise RowError("no-target", reason, fits="turns='split' keeps the thinking of each turn")
-        if not control:
-            return Job(text, spans, len(self._control.pattern.findall(text)), dropped)
-        twin = self._control.twin_text(masked, spans)
-        return Job(twin.text, twin.spans, twin.tokens, dropped, control)
+        if control:
+            twin = self._control.twin_text(masked, spans)
+            return Job(twin.text, twin.spans, twin.tokens, None, structure.dropped, control)
+        tokens = len(self._control.pattern.findall(text)) if shortcut is None else shortcut.controls
+        return Job(text, spans, tokens, shortcut, structure.dropped)
 
-    def _spans(
-        self, template: Template, dialogue: Dialogue, texts: Texts, text: str, learned: tuple[int, ...]
-    ) -> tuple[list[Span], int]:
-        """The characters to learn in the rendered `text`, and how many blocks of thinking are not in it."""
+    def _shape(self, template: Template, texts: Texts, learned: tuple[int, ...]) -> tuple[Structure, Shortcut | None]:
+        """What is known of all dialogues of this shape; of this one alone where the template takes arguments apart."""
         key = (texts.shape, learned)
-        structure = self._structures.get(key)
-        if structure is None:
-            structure, shared = structure_of(template, texts, learned, self._ends)
-            if shared:
-                if len(self._structures) >= SHAPES:
-                    self._structures.clear()
-                self._structures[key] = structure
-        spans = structure.spans(text, texts.texts)
-        if spans is None:
-            spans = turns_directly(template, dialogue, text, structure.messages, self._ends)
-        return spans, structure.dropped
+        known = self._shapes.get(key)
+        if known is not None:
+            return known
+        structure, shared = structure_of(template, texts, learned, self._ends)
+        shortcut = shortcut_of(structure, self._control.pattern, self._tokenizer, self._control.unknown_ids)
+        if shared:
+            if len(self._shapes) >= SHAPES:
+                self._shapes.clear()
+            self._shapes[key] = structure, shortcut
+        return structure, shortcut
 
     def _encoded(self, job: Job, encoding: Encoding) -> Encoded:
         """The ids of an encoded text with their marks; checks that control tokens are the template's own."""
@@ -205,9 +219,14 @@ class Encoder:
             ids_T = np.array(encoding.ids, dtype=np.int32)
         if job.spans is None:
             return self._document(ids_T, job)
-        if job.tokens != self._control.count(ids_T):
+        controls = self._control.places(ids_T)
+        if job.tokens != len(controls):
             raise RowError("control", "the tokenizer does not make the control tokens that the template writes")
-        learned_T = learned_tokens(encoding, job.spans, self._trimming)
+        learned_T = None if job.shortcut is None else job.shortcut.learned(ids_T, controls)
+        if learned_T is None:
+            if job.shortcut is not None:
+                encoding = self._tokenizer.encode(job.text, add_special_tokens=False)
+            learned_T = learned_tokens(encoding, job.spans, self._trimming)
         if not learned_T[1:].any():
             raise RowError("no-target", "no token of the row is learned", fits="an assistant message that is not empty")
         return Encoded(ids_T, learned_T, job.think_dropped, job.control)

@@ -23,8 +23,8 @@ from finetuner.dialogue.message import Dialogue, Message, RowError
 from finetuner.errors import ConfigError, ModelError, Problem, nearest
 
 FOLDER = Path(__file__).with_name("templates")
-OPEN, CLOSE = "\U000f0ffe", "\U000f0fff"
-"""Private-use characters around a `{% generation %}` block while its place is looked for."""
+OPEN, CLOSE = "\U0010fffc", "\U0010fffd"
+"""Private-use characters (plane 16) around a `{% generation %}` block while its place is looked for."""
 
 
 class Template:

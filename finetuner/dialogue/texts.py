@@ -18,8 +18,8 @@ from finetuner.dialogue.message import Dialogue, Message
 
 Part = Literal["content", "thinking", "answer", "reasoning", "arguments"]
 THINKING = re.compile(r"\A(\s*<think>)?(.*?)</think>(.*)\Z", re.DOTALL)
-FIRST_SENTINEL = 0xF2000
-"""Sentinels are private-use characters of plane 15, above those that `control` and `template` use."""
+FIRST_SENTINEL = 0xF8000
+"""Sentinels are private-use characters of plane 15, above those that `control` uses."""
 
 
 class Slot(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ from tokenizers import Encoding, Tokenizer
 from finetuner.dialogue.structure import Span
 
 
-def learned_tokens(encoding: Encoding, spans: Sequence[Span], trimming: Mapping[str, int]) -> npt.NDArray[np.bool_]:
+def learned_tokens(encoding: Encoding, spans: Sequence[Span], trimming: Container[int]) -> npt.NDArray[np.bool_]:
     """True for every token all of whose characters lie in one of `spans`.
 
     `trimming` are the added tokens that swallow the blanks beside them: their own characters count, the blanks do not.
@@ -28,7 +28,7 @@ def learned_tokens(encoding: Encoding, spans: Sequence[Span], trimming: Mapping[
         end = characters(encoding, last)
         while last + 1 < len(encoding) and encoding.token_to_chars(last + 1) == end:
             last += 1
-        if end[1] > stop and encoding.ids[last] not in trimming.values():
+        if end[1] > stop and encoding.ids[last] not in trimming:
             last -= 1
         learned_T[first : last + 1] = True
     return learned_T

@@ -206,9 +206,7 @@ def lora_of(folder: Path, adapter: Mapping[str, Any] | None) -> LoRA:
                 modules_to_save=tuple(adapter.get("modules_to_save") or ()))  # fmt: skip
 
 
-def added_ids(
-    weights: str, tokenizer: PreTrainedTokenizerFast, adapter: Mapping[str, Any] | None
-) -> tuple[int, ...]:
+def added_ids(weights: str, tokenizer: PreTrainedTokenizerFast, adapter: Mapping[str, Any] | None) -> tuple[int, ...]:
     """Ids of the tokens that the adapter's training added to the base's: those whose rows trained, or those that the
     base's tokenizer does not have."""
     if adapter is None:

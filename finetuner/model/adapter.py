@@ -53,7 +53,7 @@ def add_adapter(model: PreTrainedModel, source: CausalLM, new_ids: tuple[int, ..
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if source.dtype != "float32":
+    if source.dtype != "float32" and not lora.dora:  # DoRA's norms are taken in float32
         for module in adapted.modules():
             if isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = False

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from finetuner.errors import ModelError, Problem
+from finetuner.model.quiet import quiet
 
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "added_tokens")
 """Of tokenizer.json: all that decides what a text becomes."""
@@ -26,7 +27,8 @@ def check_family(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig) -
     with TemporaryDirectory() as name:
         tokenizer.save_pretrained(name)
         (Path(name) / "config.json").write_text(json.dumps({"model_type": config.model_type}), "utf-8")
-        loaded = AutoTokenizer.from_pretrained(name)
+        with quiet():
+            loaded = AutoTokenizer.from_pretrained(name)
     one, two = (json.loads(each.backend_tokenizer.to_str()) for each in (tokenizer, loaded))
     changed = [part for part in PARTS if one[part] != two[part]]
     if changed:

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -225,3 +227,14 @@ def tensors(folder: Path) -> Iterator[tuple[str, Any]]:
         with safe_open(folder / shard, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (a handle, not a mapping)
                 yield name, opened.get_tensor(name)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Numbers of weights by safetensors' name of their dtype, from the files' headers: {"BF16": 7_721_324_544}."""
+    counts: Counter[str] = Counter()
+    for shard in shards(folder):
+        with safe_open(folder / shard, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (a handle, not a mapping)
+                part = opened.get_slice(name)
+                counts[part.get_dtype()] += prod(part.get_shape())
+    return counts

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from finetuner.errors import ModelError, Problem
 from finetuner.model.quiet import quiet
+from finetuner.model.soundness import not_finite, some
 from finetuner.model.tokenizer import stop_ids
 
 ORIGINALS = ("tokenizer.model", "vocab.json", "merges.txt")
@@ -23,7 +25,10 @@ ORIGINALS = ("tokenizer.model", "vocab.json", "merges.txt")
 
 
 def whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """The model's weights in `dtype`, and its config."""
+    """The model's weights in `dtype`, and its config.
+
+    Raises: ModelError where a weight is no finite number, or too large for `dtype`.
+    """
     cast: dict[tuple[int, torch.Size], Tensor] = {}
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -31,6 +36,11 @@ def whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
         if place not in cast:
             cast[place] = tensor.to("cpu", dtype if tensor.is_floating_point() else None)
         state[name] = cast[place]
+    wrong = not_finite(state.items())
+    if wrong:
+        what = "weights are no finite numbers, or none that fit the model's dtype; nothing is saved"
+        remedy = "start from a bfloat16 or float32 copy of the model" if dtype == torch.float16 else "lower optim.lr"
+        raise ModelError(Problem("E-SAVE-NAN", what, str(folder), f"{dtype}: {some(wrong)}", remedy=remedy))
     kept, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with quiet():
@@ -44,7 +54,14 @@ def whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
 
 
 def adapter(model: Any, folder: Path) -> None:
-    """The adapter's float32 weights and its config, by peft."""
+    """The adapter's float32 weights and its config, by peft.
+
+    Raises: ModelError where a weight is no finite number.
+    """
+    wrong = not_finite((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    if wrong:
+        what = "adapter weights are no finite numbers; nothing is saved"
+        raise ModelError(Problem("E-SAVE-NAN", what, str(folder), some(wrong), remedy="lower optim.lr"))
     with quiet():
         model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # a form that peft leaves to be filled in

@@ -28,9 +28,8 @@ def check_keys(info: dict[str, Any], folder: Path) -> None:
     ):
         names = sorted(describe(item) for item in info.get(key, ()))
         if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             remedy = "fetch the model again; look whether config.json belongs to these files"
-            problems.append(Problem(code, what, str(folder), "; ".join(names[:4]) + more, remedy=remedy))
+            problems.append(Problem(code, what, str(folder), some(names), remedy=remedy))
     if problems:
         raise ModelError(*problems)
 
@@ -43,24 +42,31 @@ def describe(item: Any) -> str:
     return str(item)
 
 
-@torch.no_grad()
 def check_finite(named: Iterable[tuple[str, Tensor]], where: str) -> None:
-    """Refuses NaN and infinity."""
-    extremes: dict[str, Tensor] = {}
-    for name, tensor in named:
-        if tensor.is_floating_point() and tensor.numel():
-            extremes[name] = torch.stack(torch.aminmax(tensor)).float().isfinite().all()
-    wrong = [name for name, fine in extremes.items() if not bool(fine)]
+    """Refuses NaN and infinity in a base."""
+    wrong = not_finite(named)
     if wrong:
-        raise ModelError(
-            Problem(
-                "E-MODEL-NAN",
-                "the model has weights that are no finite numbers",
-                where,
-                f"{', '.join(wrong[:4])}{f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''}",
-                remedy="fetch the model again, or give one that is sound",
-            )
+        what, remedy = (
+            "the model has weights that are no finite numbers",
+            "fetch the model again, or give one that is sound",
         )
+        raise ModelError(Problem("E-MODEL-NAN", what, where, some(wrong), remedy=remedy))
+
+
+@torch.no_grad()
+def not_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+    sound = {
+        name: torch.stack(torch.aminmax(tensor)).float().isfinite().all()
+        for name, tensor in named
+        if tensor.is_floating_point() and tensor.numel()
+    }
+    return [name for name, fine in sound.items() if not bool(fine)]
+
+
+def some(names: list[str]) -> str:
+    """The first four, and how many more there are."""
+    return "; ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def check_frequencies(model: nn.Module) -> None:

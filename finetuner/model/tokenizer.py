@@ -20,6 +20,7 @@ from finetuner.dialogue.template import Template, bundled
 from finetuner.errors import ModelError, Problem
 from finetuner.model import internlm2_tokenizer
 from finetuner.model.folder import read_json, tokenizer_folder
+from finetuner.model.quiet import quiet
 from finetuner.runtime.log import say
 
 
@@ -72,7 +73,8 @@ def from_folder(folder: Path, *, code: bool) -> PreTrainedTokenizerFast:
             )
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=needed)
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=needed)
     except Exception as error:  # transformers passes on whatever its many readers raise
         first = str(error).strip().splitlines()[:1] or [type(error).__name__]
         remedy = "a folder with tokenizer.json; name another by tokenizer=..."

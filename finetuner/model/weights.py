@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from finetuner.config.model import NF4, CausalLM, Fresh
 from finetuner.errors import ModelError, Problem
 from finetuner.model import internlm2
-from finetuner.model.folder import model_folder, read_config, tensors
+from finetuner.model.folder import model_folder, read_config, sizes, tensors
 from finetuner.model.fresh import make_fresh
 from finetuner.model.quiet import quiet
 from finetuner.model.soundness import check_finite, check_frequencies, check_keys, describe, first_line
@@ -142,7 +141,7 @@ def read_hf_config(folder: Path, model: CausalLM) -> PreTrainedConfig:
 
 
 def needs_code(values: dict[str, Any]) -> bool:
-    """Whether transformers does not know the model; of one that it knows, no code of the folder runs, consent or not."""
+    """Whether transformers does not know the model; of one that it knows, no folder's code ever runs."""
     return values["model_type"] not in transformers.CONFIG_MAPPING
 
 
@@ -190,9 +189,7 @@ def keep_exact(model: nn.Module) -> None:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that most of the folder's weights are in, by their number: a trained model is saved in it."""
-    counts: Counter[torch.dtype] = Counter()
-    for _, tensor in tensors(folder):
-        if tensor.is_floating_point():
-            counts[tensor.dtype] += tensor.numel()
-    return counts.most_common(1)[0][0] if counts else torch.float32
+    """The dtype that most of the folder's weights are in: a trained model is saved in it."""
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    counts = {names[name]: count for name, count in sizes(folder).items() if name in names}
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)

@@ -6,6 +6,8 @@ Validate -> is it the best yet, is it time to stop -> save -> link, rotate -> as
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -114,6 +116,19 @@ class Milestones:
         self._engine.learner.save(folder)
         (folder / "state").mkdir()
         self._engine.save(folder / "state")
+        (folder / "finetuner.json").write_text(json.dumps(self._about(), indent=2), encoding="utf-8")
+
+    def _about(self) -> dict[str, Any]:
+        """What merging and chatting need to know beyond what peft and transformers write."""
+        model = self._run.model
+        template = self._engine.learner.tokenizer.chat_template or ""
+        return {
+            "base": model.path if isinstance(model.path, str) else None,
+            "revision": model.revision,
+            "quant": None if model.quant is None else "nf4",
+            "dtype": model.dtype,
+            "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+        }
 
 
 def due(every: Steps | None, number: int) -> bool:

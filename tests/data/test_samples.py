@@ -66,7 +66,9 @@ def test_a_sample_is_the_rows_tokens_and_the_one_shift(tmp_path: Path) -> None:
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[Any] = made(90)
     rows[7], rows[50], rows[70] = "null", {"q": "x"}, {"q": "!", "a": "y"}
-    data = Dialogues(write(tmp_path / "a.jsonl", rows), rows=fake.ask, length=60, too_long="truncate", on_bad_row=Skip(3))
+    data = Dialogues(
+        write(tmp_path / "a.jsonl", rows), rows=fake.ask, length=60, too_long="truncate", on_bad_row=Skip(3)
+    )
     digests = {}
     for workers, chunk in ((1, 512), (1, 7), (2, 7), (3, 5)):
         monkeypatch.setattr(cache_module, "CHUNK", chunk)
@@ -293,7 +295,9 @@ def test_samples_are_made_once_and_memory_mapped(tmp_path: Path, monkeypatch: py
         second.streams[0][0] = 1
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin", "learned.bin", "rows.bin", "report.json", "MANIFEST.json"])
+@pytest.mark.parametrize(
+    "name", ["tokens.bin", "offsets.bin", "learned.bin", "rows.bin", "report.json", "MANIFEST.json"]
+)
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_cache_is_made_again_and_told(
     name: str, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -301,7 +305,9 @@ def test_a_damaged_cache_is_made_again_and_told(
     built, told = counting(monkeypatch), []
     monkeypatch.setattr(samples_module, "warn", told.append)
     data = Dialogues(write(tmp_path / "a.jsonl", made(20)), rows=fake.ask)
-    first = [sample.tokens_T.tolist() for sample in map(prepare(data, SPEC, cache=tmp_path / "cache").__getitem__, range(20))]
+    first = [
+        sample.tokens_T.tolist() for sample in map(prepare(data, SPEC, cache=tmp_path / "cache").__getitem__, range(20))
+    ]
     (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     if damage == "gone":
         (folder / name).unlink()

@@ -62,6 +62,21 @@ def sentencepiece() -> str:
     return str(built.to_str())
 
 
+@cache
+def unigram() -> str:
+    """tokenizer.json of a Unigram model that finds whole pieces, "</s>" too, in ordinary text."""
+    built = Tokenizer(models.Unigram())
+    built.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    built.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    built.train_from_iterator(WORDS * 8 + ATOMS * 5, trainer)
+    built.add_special_tokens([AddedToken(name, normalized=False) for name in SPECIAL])
+    built.add_tokens([AddedToken(name, normalized=False) for name in ORDINARY])
+    return str(built.to_str())
+
+
 ATOMS = [
     "hello", " the", "{{ name }}", "{% if %}", "{}", "😀", "é", "e\u0301", "中文", "\r\n",
     "\n", "  ", "!", "!!", "7", "\t", "#}",
@@ -89,3 +104,21 @@ def conversation(seed: int, *, control: bool = False, system: bool = True) -> li
         messages.append({"role": "user", "content": text(rng, control)})
         messages.append({"role": "assistant", "content": text(rng, control)})
     return messages
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": "f", "description": "gives\n</s>", "parameters": {"é": ["<|im_end|>"]}}}
+]
+
+
+def tool_talk(arguments: dict[str, Any], said: str = "", answer: str = '{"t": "22\n"}') -> list[dict[str, Any]]:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [
+        {"role": "system", "content": "help"},
+        {"role": "user", "content": " w?"},
+        {"role": "assistant", "content": said, "tool_calls": [call]},
+        {"role": "tool", "content": answer},
+        {"role": "assistant", "content": "22 "},
+        {"role": "user", "content": "thanks"},
+        {"role": "assistant", "content": "bye"},
+    ]

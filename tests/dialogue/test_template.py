@@ -8,17 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import check
 import families
 import oracles
 import pytest
+import sides
 
 from finetuner.dialogue import template as module
 from finetuner.dialogue.message import Dialogue, Message, RowError
 from finetuner.dialogue.template import Template, bundled
 from finetuner.errors import ConfigError, ModelError
 
-SPECIAL = {"bos_token": check.BOS, "eos_token": check.EOS}
+SPECIAL = {"bos_token": sides.BOS, "eos_token": sides.EOS}
 TALK = [{"role": "user", "content": "<b>&\"'é"}, {"role": "assistant", "content": "b", "reasoning_content": "r"}]
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"é": [1, None, "<"]}}}
 CALLS = [
@@ -32,10 +32,10 @@ TOOLS = [{"type": "function", "function": {"name": "f", "description": "<é>", "
 
 @pytest.mark.parametrize("family", sorted(oracles.FAMILIES))
 def test_rendering_equals_apply_chat_template(family: str) -> None:
-    ours, theirs = Template(bundled(family), name=family, special=SPECIAL), check.huggingface(family)
+    ours, theirs = Template(bundled(family), name=family, special=SPECIAL), sides.huggingface(family)
     for seed in range(200):
         talk = families.conversation(seed, control=True)
-        dialogue = check.dialogue(talk)
+        dialogue = sides.dialogue(talk)
         assert ours.render(dialogue) == theirs.apply_chat_template(talk, tokenize=False)
         asked = ours.render(replace(dialogue, messages=dialogue.messages[:-1]), ask=True)
         assert asked == theirs.apply_chat_template(talk[:-1], tokenize=False, add_generation_prompt=True)
@@ -43,9 +43,9 @@ def test_rendering_equals_apply_chat_template(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2_5", "qwen3", "internlm2", "llama3"])
 def test_tools_are_rendered_as_apply_chat_template_does(family: str) -> None:
-    ours, theirs = Template(bundled(family), name=family, special=SPECIAL), check.huggingface(family)
+    ours, theirs = Template(bundled(family), name=family, special=SPECIAL), sides.huggingface(family)
     for tools in (TOOLS, None):
-        rendered = ours.render(check.dialogue(CALLS, tools))
+        rendered = ours.render(sides.dialogue(CALLS, tools))
         assert rendered == theirs.apply_chat_template(CALLS, tools=tools, tokenize=False)
 
 
@@ -63,10 +63,10 @@ ODD = [
 
 @pytest.mark.parametrize("source", ODD)
 def test_filters_globals_and_tags_are_those_of_transformers(source: str) -> None:
-    theirs = check.huggingface("chatml", template=source)
+    theirs = sides.huggingface("chatml", template=source)
     ours = Template(source, name="odd", special=theirs.special_tokens_map)
     for talk, tools in ((TALK, None), (CALLS, TOOLS)):
-        assert ours.render(check.dialogue(talk, tools)) == theirs.apply_chat_template(talk, tools=tools, tokenize=False)
+        assert ours.render(sides.dialogue(talk, tools)) == theirs.apply_chat_template(talk, tools=tools, tokenize=False)
 
 
 def test_the_check_of_odd_templates_sees_jinjas_own_tojson(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,8 +74,8 @@ def test_the_check_of_odd_templates_sees_jinjas_own_tojson(monkeypatch: pytest.M
 
     monkeypatch.setattr(module, "to_json", do_tojson)
     ours = Template("{{ messages[0] | tojson }}", name="odd", special={})
-    theirs = check.huggingface("chatml", template="{{ messages[0] | tojson }}")
-    assert ours.render(check.dialogue(TALK)) != theirs.apply_chat_template(TALK, tokenize=False)
+    theirs = sides.huggingface("chatml", template="{{ messages[0] | tojson }}")
+    assert ours.render(sides.dialogue(TALK)) != theirs.apply_chat_template(TALK, tokenize=False)
 
 
 def test_marks_are_found_inside_macros_and_set_blocks() -> None:
@@ -87,7 +87,7 @@ def test_marks_are_found_inside_macros_and_set_blocks() -> None:
         + "{% endmacro %}{% for m in messages %}{{ turn(m) }}{% endfor %}",
         "{% for m in messages %}{% set t %}<{{ m['role'] }}>" + mark + "{% endset %}{{ t }}{% endfor %}",
     ):
-        template, dialogue = Template(source, name="marked", special={}), check.dialogue(TALK)
+        template, dialogue = Template(source, name="marked", special={}), sides.dialogue(TALK)
         text = template.render(dialogue)
         assert [text[start:stop] for start, stop in template.marks(dialogue)] == ["<b>&\"'é!", "b!"]
 
@@ -96,7 +96,7 @@ def test_marks_are_found_inside_macros_and_set_blocks() -> None:
 def test_a_family_without_tools_refuses_them(family: str) -> None:
     ours = Template(bundled(family), name=family, special=SPECIAL)
     talk = [TALK[0], {"role": "assistant", "content": "b"}]
-    for dialogue in (check.dialogue(talk, TOOLS), check.dialogue(CALLS)):
+    for dialogue in (sides.dialogue(talk, TOOLS), sides.dialogue(CALLS)):
         with pytest.raises(RowError) as error:
             ours.render(dialogue)
         assert error.value.kind == "template"

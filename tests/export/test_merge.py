@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import rig
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from adapters import IDS, LINEAR, adapter, edit, retensor
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner.errors import FinetunerError
@@ -20,8 +20,6 @@ from finetuner.export import changes, plan, shards
 from finetuner.export.merge import merge
 from finetuner.runtime.commit import verify
 
-LINEAR = ["q_proj", "v_proj", "down_proj"]
-IDS = [5, 20, 30, 7, 99, 6, 41, 300]
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora": ({}, {}),
     "rslora": ({}, {"use_rslora": True}),
@@ -63,23 +61,6 @@ for folder, ids in json.load(open(sys.argv[1])):
     json.dump({"ids": list(said["input_ids"]), "tied": tied, "flag": model.config.tie_word_embeddings,
                "dtype": str(model.dtype)}, open(folder + ".json", "w"))
 """
-
-
-def adapter(base: Path, folder: Path, *, seed: int = 1, **options: Any) -> torch.Tensor:
-    """Writes an adapter whose every trained number is random; gives the logits of peft's own model for `IDS`."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    settings = {"target_modules": LINEAR, "r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | options
-    adapted = get_peft_model(model, LoraConfig(**settings))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in adapted.named_parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape).to(parameter) * 0.1)
-    adapted.save_pretrained(folder, save_embedding_layers=False)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-        logits: torch.Tensor = adapted.eval()(input_ids=torch.tensor([IDS])).logits[0].float()
-    return logits
 
 
 @pytest.fixture(scope="module")
@@ -186,17 +167,6 @@ def test_the_check_of_a_merge_sees_a_mutant(mutant: str, made: Path, monkeypatch
     assert not list(made.glob(".tmp_*"))
 
 
-def edit(file: Path, **values: Any) -> None:
-    body = json.loads(file.read_text())
-    file.write_text(json.dumps(body | values))
-
-
-def retensor(file: Path, change: Any) -> None:
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
@@ -296,17 +266,6 @@ def test_memory_of_the_merge_stays_near_one_file(made: Path, monkeypatch: pytest
     merge(str(made / "adapter"), made / "out", max_shard="60kB")
     assert max(largest) <= 60_000
     assert sum(path.stat().st_size for path in (made / "out").glob("model-*")) > 120_000
-
-
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("1.5 kB", 1500), ("7", 7)])
-def test_a_size_is_read(text: str, size: int) -> None:
-    assert shards.size_of(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "big", "-1GB", "0", "5XB"])
-def test_a_wrong_size_is_refused(text: str) -> None:
-    with pytest.raises(FinetunerError, match="E-SIZE"):
-        shards.size_of(text)
 
 
 @pytest.mark.parametrize("fault", ["write:1", "fsync:2", "rename:1", "rename:2"])

@@ -239,7 +239,7 @@ def test_a_fresh_model_follows_its_seed_and_its_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "values", [{"model_type": "lama"}, {"hidden_size": 33}, {"num_attention_heads": 0}, {"hidden_act": "nothing"}]
+    "values", [{"model_type": "unheard_of"}, {"hidden_size": 33}, {"num_attention_heads": 0}, {"hidden_act": "nothing"}]
 )
 def test_a_fresh_config_that_makes_no_model_is_told(tmp_path, values):
     with pytest.raises(ModelError, match="E-MODEL-FRESH"):

@@ -154,7 +154,7 @@ def test_the_saved_config_is_what_was_asked_for(llama, tmp_path):
     assert held.base_model_name_or_path == str(llama.resolve())
 
 
-@pytest.mark.parametrize("fields", [{}, {"dora": True}, {"dropout": 0.2}])
+@pytest.mark.parametrize("fields", [{}, {"dropout": 0.2}, {"rslora": True}])
 def test_no_float32_copy_of_a_layers_input_is_kept(llama, fields):
     """The copies change no bit of the loss; they only cost memory."""
     kept, losses = [], []
@@ -177,4 +177,4 @@ def test_no_float32_copy_of_a_layers_input_is_kept(llama, fields):
         kept.append(sum(sizes.values()))
         losses.append(loss.item())
     assert losses[0] == losses[1]
-    assert kept[0] <= kept[1]
+    assert kept[0] < kept[1] * 0.95

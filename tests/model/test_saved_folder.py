@@ -11,6 +11,7 @@ from model_rig import learner_of
 from safetensors.torch import load_file
 
 from finetuner.config.model import NF4, LoRA
+from finetuner.errors import ModelError
 from finetuner.model import save
 
 
@@ -133,3 +134,19 @@ def test_the_mutant_that_casts_each_of_two_tied_matrices_is_seen(tmp_path, monke
     monkeypatch.setattr(save, "whole", untied)
     learner.save(tmp_path / "wrong")
     assert (tmp_path / "wrong" / "model.safetensors").stat().st_size > before * 1.2
+
+
+def test_what_does_not_fit_the_dtype_is_not_saved(tmp_path):
+    llama = rig.tiny_llama(tmp_path / "base", dtype="float16")
+    learner = learner_of(llama)
+    assert learner.stored == torch.float16
+    learner.save(tmp_path / "out")
+    with torch.no_grad():
+        learner.causal.model.norm.weight[3] = 1e5
+    with pytest.raises(ModelError, match=r"model\.norm\.weight"):
+        learner.save(tmp_path / "wrong")
+    learner = learner_of(llama, adapter=LoRA(rank=2))
+    with torch.no_grad():
+        learner.trainable()[0][1][0, 0] = float("nan")
+    with pytest.raises(ModelError, match="E-SAVE-NAN"):
+        learner.save(tmp_path / "wrong")

@@ -120,7 +120,7 @@ def test_a_refused_constant_is_what_keeps_nan_out(tmp_path: Path, monkeypatch: p
 def test_every_layout_gives_the_same_rows(
     form: str, indent: int | None, bom: bytes, ending: str, suffix: str, tmp_path: Path
 ) -> None:
-    wanted = [{"n": n, "text": "ä😀 \n \" ] }", "list": [{"deep": None}, 1.5, []]} for n in range(7)]
+    wanted = [{"n": n, "text": 'ä😀 \n " ] }', "list": [{"deep": None}, 1.5, []]} for n in range(7)]
     if form == "array":
         content = json.dumps(wanted, indent=indent)
     else:
@@ -143,7 +143,7 @@ def test_the_place_is_the_line_where_the_row_begins(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 64])
 def test_blocks_may_end_anywhere(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = [{"n": -1.5e10, "t": True, "é😀": ["\\", "\"", "\u2028", None, False]} for _ in range(5)]
+    wanted = [{"n": -1.5e10, "t": True, "é😀": ["\\", '"', "\u2028", None, False]} for _ in range(5)]
     (tmp_path / "a.json").write_text(json.dumps(wanted, ensure_ascii=block % 2 == 0))
     monkeypatch.setattr(json_window, "BLOCK", block)
     with (tmp_path / "a.json").open("rb") as file:
@@ -335,7 +335,12 @@ def test_an_open_quote_at_the_end_of_a_csv_is_told(tmp_path: Path) -> None:
 def test_texts_are_lines_or_files(tmp_path: Path) -> None:
     content = b"\xef\xbb\xbfone \r\n\n \nt\xc3\xa4o\nb\xe4d\nn\x00l\n"
     found = rows(tmp_path / "a.txt", content, partial(table_rows.text_rows, whole=False))
-    assert [item.kind if isinstance(item, BadRow) else item[1]["text"] for item in found] == ["one ", "täo", "utf-8", "nul"]
+    assert [item.kind if isinstance(item, BadRow) else item[1]["text"] for item in found] == [
+        "one ",
+        "täo",
+        "utf-8",
+        "nul",
+    ]
     ((place, row),) = rows(tmp_path / "a.txt", "one\n\ntwo\n", partial(table_rows.text_rows, whole=True))
     assert (place, row) == (f"{tmp_path}/a.txt:1", {"text": "one\n\ntwo"})
 
@@ -364,7 +369,9 @@ def test_a_lock_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) ->
         "import sys, time; from pathlib import Path; from finetuner.runtime.lock import lock\n"
         f"with lock(Path({str(path)!r}), wait=False): print('held', flush=True); time.sleep(60)"
     )
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    )
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"

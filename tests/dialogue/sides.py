@@ -1,4 +1,4 @@
-"""Runs a conversation through the encoder and through the oracle."""
+"""Both sides of a check: a conversation through the encoder, and through the oracle or transformers."""
 
 from __future__ import annotations
 

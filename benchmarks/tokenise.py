@@ -1,0 +1,160 @@
+"""Tokenising chat rows with masks: ours against `datasets.map` with `apply_chat_template` a row; rates and peak memory.
+
+    python benchmarks/tokenise.py [--rows 20000]
+
+- Both start from the same .jsonl file and end with ids and masks on disk; their tokens and masks are compared.
+- Each measurement is a process of its own, so that its peak memory is its own; the ratios are of one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_rows(path: Path, count: int, lines: list[str]) -> None:
+    """Conversations of one to four turns, about 1.2 kB each, of lines of the standard library."""
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(count):
+            messages = []
+            for _ in range(draw.randint(1, 4)):
+                messages.append({"role": "user", "content": " ".join(draw.choices(lines, k=draw.randint(1, 6)))})
+                messages.append({"role": "assistant", "content": "\n".join(draw.choices(lines, k=draw.randint(2, 12)))})
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def make_tokenizer(folder: Path, lines: list[str]) -> None:
+    """A byte-level BPE of 16,384 tokens, trained on the standard library."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    built = Tokenizer(models.BPE())
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=16384, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    built.train_from_iterator(lines, trainer)
+    folder.mkdir()
+    built.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def ours(folder: Path, rows: Path, workers: int) -> dict[str, Any]:
+    from finetuner.config.data import Dialogues, Json
+    from finetuner.data.samples import prepare
+    from finetuner.dialogue.encode import EncoderSpec
+    from finetuner.dialogue.rows import openai
+
+    tokenizer = (folder / "tokenizer" / "tokenizer.json").read_text()
+    spec = EncoderSpec(tokenizer, TEMPLATE, special=(("eos_token", "<|im_end|>"),))
+    data = Dialogues(Json(str(rows)), rows=openai, length=65536)
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        start = time.perf_counter()
+        samples = prepare(data, spec, cache=Path(cache), workers=workers)
+        seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        prepare(data, spec, cache=Path(cache), workers=workers)
+        again = time.perf_counter() - start
+        print_of = [(samples[n].tokens_T.tolist(), samples[n].targets_T.tolist()) for n in range(0, len(samples), 100)]
+    tokens, learned = samples.report["tokens_in"], samples.report["tokens_learned"]
+    return {"seconds": seconds, "again": again, "tokens": tokens, "learned": learned, "print": digest(print_of)}
+
+
+def theirs(folder: Path, rows: Path) -> dict[str, Any]:
+    import datasets
+    from transformers import AutoTokenizer
+
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        done = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
+        return {"input_ids": done["input_ids"], "assistant_masks": done["assistant_masks"]}
+
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        start = time.perf_counter()
+        table = datasets.load_dataset("json", data_files=str(rows), split="train", cache_dir=cache)
+        done = table.map(encode, remove_columns=table.column_names)
+        seconds = time.perf_counter() - start
+        print_of, tokens, learned = [], 0, 0
+        for number, row in enumerate(done):
+            ids, mask = row["input_ids"], row["assistant_masks"]
+            tokens, learned = tokens + len(ids), learned + sum(mask[1:])
+            if number % 100 == 0:
+                targets = [token if on else -100 for token, on in zip(ids[1:], mask[1:])]
+                print_of.append((ids, [*targets, -100]))
+    return {"seconds": seconds, "tokens": tokens, "learned": learned, "print": digest(print_of)}
+
+
+def digest(value: Any) -> str:
+    import hashlib
+
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def measured(folder: Path, rows: Path, kind: str) -> dict[str, Any]:
+    """Runs one kind in a process of its own."""
+    command = [sys.executable, __file__, "--one", kind, str(folder), str(rows)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        kind, folder, rows = options.one[0], Path(options.one[1]), Path(options.one[2])
+        result = theirs(folder, rows) if kind == "theirs" else ours(folder, rows, int(kind))
+        usage = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        print(json.dumps(result | {"rss": usage / 1024}))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        texts = [line.strip() for file in files for line in file.read_text(errors="ignore").splitlines()]
+        lines = [line for line in texts if line and "{{" not in line]
+        make_tokenizer(folder / "tokenizer", lines)
+        few, many = folder / "few.jsonl", folder / "many.jsonl"
+        make_rows(few, options.rows // 4, lines)
+        make_rows(many, options.rows, lines)
+        peer = measured(folder, many, "theirs")
+        print(f"{'':28} {'rows/s':>8} {'ratio':>6} {'s':>6} {'again s':>8} {'peak MiB':>9} {'at 1/4 of the rows':>19}")
+        rate = options.rows / peer["seconds"]
+        print(f"{'datasets.map, 1 process':28} {rate:8.0f} {1.0:6.2f} {peer['seconds']:6.1f} {'':8} {peer['rss']:9.0f}")
+        for workers in (1, 2):
+            own, small = measured(folder, many, str(workers)), measured(folder, few, str(workers))
+            ratio = peer["seconds"] / own["seconds"]
+            line = f"finetuner, {workers} process" + ("es" if workers > 1 else "")
+            figures = f"{options.rows / own['seconds']:8.0f} {ratio:6.2f} {own['seconds']:6.1f} {own['again']:8.2f}"
+            print(f"{line:28} {figures} {own['rss']:9.0f} {small['rss']:19.0f}")
+            same = all(own[key] == peer[key] for key in ("tokens", "learned", "print"))
+            print(f"  tokens and masks are {'the same' if same else 'NOT THE SAME'}: {own['tokens']} {own['learned']}")
+
+
+if __name__ == "__main__":
+    main()
