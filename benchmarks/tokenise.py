@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import resource
 import subprocess
@@ -70,15 +71,22 @@ def ours(folder: Path, rows: Path, workers: int) -> dict[str, Any]:
     spec = EncoderSpec(tokenizer, TEMPLATE, special=(("eos_token", "<|im_end|>"),))
     data = Dialogues(Json(str(rows)), rows=openai, length=65536)
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        start = time.perf_counter()
+        start, work = time.perf_counter(), cpu()
         samples = prepare(data, spec, cache=Path(cache), workers=workers)
-        seconds = time.perf_counter() - start
+        seconds, work = time.perf_counter() - start, cpu() - work
         start = time.perf_counter()
         prepare(data, spec, cache=Path(cache), workers=workers)
         again = time.perf_counter() - start
         print_of = [(samples[n].tokens_T.tolist(), samples[n].targets_T.tolist()) for n in range(0, len(samples), 100)]
     tokens, learned = samples.report["tokens_in"], samples.report["tokens_learned"]
-    return {"seconds": seconds, "again": again, "tokens": tokens, "learned": learned, "print": digest(print_of)}
+    return {
+        "seconds": seconds,
+        "cpu": work,
+        "again": again,
+        "tokens": tokens,
+        "learned": learned,
+        "print": digest(print_of),
+    }
 
 
 def theirs(folder: Path, rows: Path) -> dict[str, Any]:
@@ -93,10 +101,10 @@ def theirs(folder: Path, rows: Path) -> dict[str, Any]:
         return {"input_ids": done["input_ids"], "assistant_masks": done["assistant_masks"]}
 
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        start = time.perf_counter()
+        start, work = time.perf_counter(), cpu()
         table = datasets.load_dataset("json", data_files=str(rows), split="train", cache_dir=cache)
         done = table.map(encode, remove_columns=table.column_names)
-        seconds = time.perf_counter() - start
+        seconds, work = time.perf_counter() - start, cpu() - work
         print_of, tokens, learned = [], 0, 0
         for number, row in enumerate(done):
             ids, mask = row["input_ids"], row["assistant_masks"]
@@ -104,7 +112,12 @@ def theirs(folder: Path, rows: Path) -> dict[str, Any]:
             if number % 100 == 0:
                 targets = [token if on else -100 for token, on in zip(ids[1:], mask[1:])]
                 print_of.append((ids, [*targets, -100]))
-    return {"seconds": seconds, "tokens": tokens, "learned": learned, "print": digest(print_of)}
+    return {"seconds": seconds, "cpu": work, "tokens": tokens, "learned": learned, "print": digest(print_of)}
+
+
+def cpu() -> float:
+    """Processor seconds of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
 
 
 def digest(value: Any) -> str:
@@ -130,8 +143,8 @@ def main() -> None:
     if options.one:
         kind, folder, rows = options.one[0], Path(options.one[1]), Path(options.one[2])
         result = theirs(folder, rows) if kind == "theirs" else ours(folder, rows, int(kind))
-        usage = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        print(json.dumps(result | {"rss": usage / 1024}))
+        usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        print(json.dumps(result | {"rss": max(usage.ru_maxrss for usage in usages) / 1024}))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -143,14 +156,18 @@ def main() -> None:
         make_rows(few, options.rows // 4, lines)
         make_rows(many, options.rows, lines)
         peer = measured(folder, many, "theirs")
-        print(f"{'':28} {'rows/s':>8} {'ratio':>6} {'s':>6} {'again s':>8} {'peak MiB':>9} {'at 1/4 of the rows':>19}")
+        print(
+            f"{'':28} {'rows/s':>8} {'ratio':>6} {'s':>6} {'cpu s':>6} {'again s':>8} {'peak MiB':>9} {'at 1/4 of the rows':>19}"
+        )
         rate = options.rows / peer["seconds"]
-        print(f"{'datasets.map, 1 process':28} {rate:8.0f} {1.0:6.2f} {peer['seconds']:6.1f} {'':8} {peer['rss']:9.0f}")
+        print(
+            f"{'datasets.map, 1 process':28} {rate:8.0f} {1.0:6.2f} {peer['seconds']:6.1f} {peer['cpu']:6.1f} {'':8} {peer['rss']:9.0f}"
+        )
         for workers in (1, 2):
             own, small = measured(folder, many, str(workers)), measured(folder, few, str(workers))
             ratio = peer["seconds"] / own["seconds"]
             line = f"finetuner, {workers} process" + ("es" if workers > 1 else "")
-            figures = f"{options.rows / own['seconds']:8.0f} {ratio:6.2f} {own['seconds']:6.1f} {own['again']:8.2f}"
+            figures = f"{options.rows / own['seconds']:8.0f} {ratio:6.2f} {own['seconds']:6.1f} {own['cpu']:6.1f} {own['again']:8.2f}"
             print(f"{line:28} {figures} {own['rss']:9.0f} {small['rss']:19.0f}")
             same = all(own[key] == peer[key] for key in ("tokens", "learned", "print"))
             print(f"  tokens and masks are {'the same' if same else 'NOT THE SAME'}: {own['tokens']} {own['learned']}")

@@ -122,6 +122,9 @@ class Encoding:
         return item
 
     def _placeholder(self, row: Mapping[str, Any]) -> str:
+        # Most rows have none, and writing a row down is five times as fast as walking through it.
+        if "{{" not in repr(row):
+            return ""
         marks = (mark for text in strings(row) if "{{" in text for mark in PLACEHOLDER.findall(text))
         return next((mark for mark in marks if mark not in self._wanted), "")
 

@@ -42,7 +42,8 @@ def guarded(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, 
     """As `prompt_ids`, where control strings may stand in the messages."""
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     template = Template(str(tokenizer.chat_template), name="chat template", special=special)
-    control = Control(tokenizer.backend_tokenizer.to_str(), ends_of(template, added_words(tokenizer)).frame)
+    backend = tokenizer.backend_tokenizer
+    control = Control(backend.to_str(), backend, ends_of(template, added_words(tokenizer)).frame)
     dialogue, found = control.masked(Dialogue(tuple(Message(m["role"], m["content"]) for m in messages)))
     masked = template.render(dialogue, ask=True)
     if not found:

@@ -27,7 +27,7 @@ from finetuner.data.samples import Samples, prepare
 from finetuner.data.steps import Plan, accumulation
 from finetuner.engine.build import build_engine
 from finetuner.engine.engine import Engine
-from finetuner.model.build import build
+from finetuner.model.build import build, check
 from finetuner.model.tokenizer import encoder_spec, load_tokenizer
 from finetuner.runtime import dist
 from finetuner.runtime.commit import sweep
@@ -72,6 +72,7 @@ def train(loaded: Loaded, *, folder: str | None = None, resume: str = "auto") ->
 def perform(loaded: Loaded, home: Path, found: Resume | None, device: torch.device) -> int:
     """The run's stages, from the data to the last step."""
     run = loaded.run
+    check(run.model, run.data.length)
     samples, held = data_of(loaded)
     packs = pack_samples(samples, seed=run.seed)
     plan = Plan(packs, run.batch.total, run.until, run.seed)

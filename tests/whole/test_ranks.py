@@ -60,7 +60,7 @@ def test_wrong_data_is_told_once_and_ends_both_ranks(alone, tmp_path):
     (folder / "rows.jsonl").write_text('{"messages": []}\n')
     done = world.finetuner("train", "config.py", "--nproc", 2, "batch.per_device=1", cwd=folder)
     assert done.returncode == 3, done.stderr
-    assert done.stderr.count("error[E-") == 1, done.stderr
+    assert done.stderr.count("error[E-DATA-ROWS]") == 1, done.stderr
 
 
 def test_a_second_run_in_the_same_folder_is_refused(alone, tmp_path):
