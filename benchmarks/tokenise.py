@@ -156,21 +156,20 @@ def main() -> None:
         make_rows(few, options.rows // 4, lines)
         make_rows(many, options.rows, lines)
         peer = measured(folder, many, "theirs")
-        print(
-            f"{'':28} {'rows/s':>8} {'ratio':>6} {'s':>6} {'cpu s':>6} {'again s':>8} {'peak MiB':>9} {'at 1/4 of the rows':>19}"
-        )
-        rate = options.rows / peer["seconds"]
-        print(
-            f"{'datasets.map, 1 process':28} {rate:8.0f} {1.0:6.2f} {peer['seconds']:6.1f} {peer['cpu']:6.1f} {'':8} {peer['rss']:9.0f}"
-        )
+        print("                           rows/s  ratio  wall s   cpu s  again s  peak MiB  at 1/4 of the rows")
+        print(row("datasets.map, 1 process", options.rows, peer, peer, None))
         for workers in (1, 2):
             own, small = measured(folder, many, str(workers)), measured(folder, few, str(workers))
-            ratio = peer["seconds"] / own["seconds"]
-            line = f"finetuner, {workers} process" + ("es" if workers > 1 else "")
-            figures = f"{options.rows / own['seconds']:8.0f} {ratio:6.2f} {own['seconds']:6.1f} {own['cpu']:6.1f} {own['again']:8.2f}"
-            print(f"{line:28} {figures} {own['rss']:9.0f} {small['rss']:19.0f}")
             same = all(own[key] == peer[key] for key in ("tokens", "learned", "print"))
+            print(row(f"finetuner, {workers} process(es)", options.rows, own, peer, small))
             print(f"  tokens and masks are {'the same' if same else 'NOT THE SAME'}: {own['tokens']} {own['learned']}")
+
+
+def row(name: str, rows: int, one: dict[str, Any], peer: dict[str, Any], small: dict[str, Any] | None) -> str:
+    """A line of the table; `small` is the same with a quarter of the rows."""
+    seconds, again = one["seconds"], f"{one['again']:.2f}" if "again" in one else ""
+    figures = f"{rows / seconds:8.0f} {peer['seconds'] / seconds:6.2f} {seconds:7.1f} {one['cpu']:7.1f} {again:>8}"
+    return f"{name:24} {figures} {one['rss']:9.0f} {'' if small is None else round(small['rss']):>19}"
 
 
 if __name__ == "__main__":

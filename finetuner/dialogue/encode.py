@@ -56,10 +56,9 @@ class EncoderSpec:
     @property
     def fingerprint(self) -> str:
         """sha256 over every field, the version and the source of this floor: equal prints encode equally."""
-        from finetuner import __version__
-
-        digest = hashlib.sha256(__version__.encode())
-        for file in sorted(Path(__file__).parent.glob("*.py")):
+        floor = Path(__file__).parent
+        digest = hashlib.sha256()
+        for file in (floor.parent / "__init__.py", *sorted(floor.glob("*.py"))):  # the first holds the version
             digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
         values = [[field.name, getattr(self, field.name)] for field in fields(self)]
         digest.update(json.dumps(values).encode())
