@@ -3,8 +3,8 @@
     python benchmarks/loop.py [--steps 6] [--rounds 5]
 
 Both train a small Llama by the same forward, backward, clipping and fused AdamW; ours adds what a run has besides: the
-plan, collating, seeding, the finite checks, the schedule, metrics.jsonl and the log lines. The two take turns; a round's
-ratio is of its own two times. Steps are long enough (hundreds of milliseconds) that the machine's noise does not decide.
+plan, collating, seeding, the finite checks, the schedule, metrics.jsonl and the log lines. The two take turns; a ratio is
+of two times of one round. Steps are long enough (hundreds of milliseconds) that noise does not decide.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from finetuner.train.metrics import Metrics
 def rows(file: Path, count: int) -> None:
     """Writes `count` made conversations."""
     draw = random.Random(0)
-    words = "the lamp stands near a window and the river runs below it while three birds sing".split()
+    words = ["lamp", "river", "window", "stands", "runs", "sings", "below", "near", "while", "three", "the", "a"]
     with file.open("w", encoding="utf-8") as out:
         for _ in range(count):
             said = [" ".join(draw.choices(words, k=draw.randint(4, 60))) for _ in range(2)]
@@ -85,13 +85,15 @@ def main() -> None:
             with contextlib.redirect_stderr(io.StringIO()):
                 metrics = Metrics(run, folder, start=0, feed=feed)
                 begin = time.perf_counter()
-                train(engine, feed, run.schedule, (metrics,), start=0, seed=0, broken=lambda *what: AssertionError(what))
+                train(
+                    engine, feed, run.schedule, (metrics,), start=0, seed=0, broken=lambda *what: AssertionError(what)
+                )
                 ours_s = time.perf_counter() - begin
             if number:  # the first round warms up
                 ours.append(ours_s)
                 plain.append(plain_s)
                 ratios.append(ours_s / plain_s)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.steps} steps a round, {args.rounds} rounds")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {args.rounds} rounds of {args.steps} steps")
     for title, values, scale in (("bare ms/step", plain, 1e3 / args.steps), ("ours ms/step", ours, 1e3 / args.steps),
                                  ("ratio", ratios, 1.0)):  # fmt: skip
         low, middle, high = min(values) * scale, statistics.median(values) * scale, max(values) * scale

@@ -29,7 +29,9 @@ def tokenizer(
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     built.train_from_iterator(WORDS * 8, trainer)
     built.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
     if bos:
@@ -62,9 +64,16 @@ def tiny_llama(folder: Path, *, seed: int = 0, dtype: str = "float32", **config:
     tok = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
     values: dict[str, Any] = {
-        "vocab_size": len(tok), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-        "tie_word_embeddings": False, "bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id,
+        "vocab_size": len(tok),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": tok.bos_token_id,
+        "eos_token_id": tok.eos_token_id,
         "pad_token_id": tok.pad_token_id,
     } | config
     model = LlamaForCausalLM(LlamaConfig(**values)).to(getattr(torch, dtype))

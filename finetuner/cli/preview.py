@@ -59,16 +59,25 @@ def samples(model: Any, part: Dialogues | Documents, count: int) -> list[dict[st
         place, row = item
         [encoded] = encoder.encode([part.rows(row)])
         if isinstance(encoded, RowError):
-            raise DataError(Problem(f"E-ROW-{encoded.kind.upper()}", encoded.reason, place, encoded.found, encoded.fits))
+            raise DataError(
+                Problem(f"E-ROW-{encoded.kind.upper()}", encoded.reason, place, encoded.found, encoded.fits)
+            )
         for one in encoded:
             ids = one.ids.tolist()
             pieces = [tokenizer.decode([token]) for token in ids]
             learned = [bool(mark) for mark in one.learned.tolist()]
             targets = [token if mark else IGNORED for token, mark in zip(ids[1:], learned[1:], strict=True)] + [IGNORED]
             told.append(
-                {"place": place, "tokens": ids, "targets": targets, "pieces": pieces,
-                 "learned": learned, "positions": list(range(len(pieces))), "documents": [len(pieces)],
-                 "text": tokenizer.decode(ids)}
+                {
+                    "place": place,
+                    "tokens": ids,
+                    "targets": targets,
+                    "pieces": pieces,
+                    "learned": learned,
+                    "positions": list(range(len(pieces))),
+                    "documents": [len(pieces)],
+                    "text": tokenizer.decode(ids),
+                }
             )
     return told
 
@@ -78,7 +87,9 @@ def coloured(sample: dict[str, Any]) -> str:
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     on, off = (LEARNED, PLAIN) if colours else ("[[", "]]")
     text = ""
-    for learned, group in itertools.groupby(zip(sample["learned"], sample["pieces"], strict=True), key=lambda pair: pair[0]):
+    for learned, group in itertools.groupby(
+        zip(sample["learned"], sample["pieces"], strict=True), key=lambda pair: pair[0]
+    ):
         words = printable("".join(piece for _, piece in group))
         text += f"{on}{words}{off}" if learned else words
     learned_tokens = sum(sample["learned"])

@@ -163,8 +163,13 @@ def _stored(
     data: Dialogues | Documents, spec: EncoderSpec, cache: Path, workers: int, progress: Progress | None
 ) -> Stored:
     """The data's cache folder, made if it is not there or not whole."""
-    if isinstance(data, Dialogues):
-        spec = replace(spec, turns=data.turns, system=data.system)
+    match data:
+        case Dialogues():
+            spec = replace(spec, turns=data.turns, system=data.system)
+        case Documents():
+            spec = replace(spec, template=None)  # a base model's template may be none, or broken
+        case _:
+            assert_never(data)
     key = fingerprint(data, spec)
     folder = cache / key.digest
     # A folder that is there is whole or damaged, never half written: it is opened without the lock.

@@ -38,8 +38,14 @@ def groups(model: nn.Module, trainable: Iterable[tuple[str, nn.Parameter]], opti
         if not any(fnmatchcase(name, pattern) for name, _ in named):
             some = ", ".join(name for name, _ in named[:4])
             raise ConfigError(
-                Problem("E-OPTIM-RATES", f"no trained parameter is named like {pattern!r}", "optim.rates", pattern,
-                        f"patterns of names such as {some}", "mend the pattern or remove it")
+                Problem(
+                    "E-OPTIM-RATES",
+                    f"no trained parameter is named like {pattern!r}",
+                    "optim.rates",
+                    pattern,
+                    f"patterns of names such as {some}",
+                    "mend the pattern or remove it",
+                )
             )
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     parted: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
@@ -56,22 +62,45 @@ def build_optimizer(parted: list[Group], optim: AdamW, device: torch.device) -> 
     Raises:
         ConfigError: 8-bit moments without CUDA.
     """
-    listed = [
-        {"params": list(group.named), "lr": group.rate, "rate": group.rate, "weight_decay": group.decay}
-        for group in parted
-    ]
     if optim.bits == 8:
-        if device.type != "cuda":
-            raise ConfigError(
-                Problem("E-OPTIM-8BIT", "8-bit moments need CUDA", "optim.bits", f"device {device}", "32", "optim.bits=32")
-            )
-        import bitsandbytes
+        return eight_bit(parted, optim, device)
+    return torch.optim.AdamW(
+        [
+            {"params": list(group.named), "lr": group.rate, "rate": group.rate, "weight_decay": group.decay}
+            for group in parted
+        ],
+        betas=optim.betas,
+        eps=optim.eps,
+        fused=True,
+    )
 
-        made: Optimizer = bitsandbytes.optim.AdamW8bit(
-            [group | {"params": [parameter for _, parameter in group["params"]]} for group in listed],
-            betas=optim.betas, eps=optim.eps,
+
+def eight_bit(parted: list[Group], optim: AdamW, device: torch.device) -> Optimizer:
+    """bitsandbytes' AdamW with 8-bit moments, its groups named as torch names them.
+
+    Raises:
+        ConfigError: without CUDA, or without bitsandbytes.
+    """
+    if device.type != "cuda":
+        found = f"device {device}"
+        raise ConfigError(
+            Problem("E-OPTIM-8BIT", "8-bit moments need CUDA", "optim.bits", found, "32", "optim.bits=32")
         )
-        for group, plain in zip(made.param_groups, listed, strict=True):
-            group["param_names"] = [name for name, _ in plain["params"]]
-        return made
-    return torch.optim.AdamW(listed, betas=optim.betas, eps=optim.eps, fused=True)
+    try:
+        import bitsandbytes
+    except ImportError:
+        remedy = "pip install 'finetuner[quant]', or optim.bits=32"
+        raise ConfigError(
+            Problem("E-EXTRA", "bitsandbytes is not installed", "optim.bits", "8", remedy=remedy)
+        ) from None
+    made: Optimizer = bitsandbytes.optim.AdamW8bit(
+        [
+            {"params": [p for _, p in group.named], "lr": group.rate, "rate": group.rate, "weight_decay": group.decay}
+            for group in parted
+        ],
+        betas=optim.betas,
+        eps=optim.eps,
+    )
+    for group, plain in zip(made.param_groups, parted, strict=True):
+        group["param_names"] = [name for name, _ in plain.named]
+    return made

@@ -38,7 +38,7 @@ class TorchEngine:
         with self._exchange(last):
             loss: Tensor = self._model(batch)
             # DistributedDataParallel gives the ranks' mean; the sum is wanted.
-            (loss * (world() / learned)).backward()
+            (loss * (world() / learned)).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def step(self, factor: float) -> float:

@@ -168,7 +168,7 @@ def encoder_spec(
     return EncoderSpec(
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         template=tokenizer.chat_template,
-        template_name=f"of {tokenizer.name_or_path}",
+        template_name="of the tokenizer",
         special=tuple(sorted(special_tokens(tokenizer).items())),
         eos_id=tokenizer.eos_token_id,
         turns=turns,

@@ -19,8 +19,14 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError(
-            Problem("E-DEVICE", "CUDA is asked for and not there", "engine.device", "torch sees no CUDA device",
-                    "'cpu', 'auto'", "engine.device=cpu, or install a CUDA build of torch")
+            Problem(
+                "E-DEVICE",
+                "CUDA is asked for and not there",
+                "engine.device",
+                "torch sees no CUDA device",
+                "'cpu', 'auto'",
+                "engine.device=cpu, or install a CUDA build of torch",
+            )
         )
     if local_rank() >= torch.cuda.device_count():
         found = f"rank {local_rank()} on a machine with {torch.cuda.device_count()} visible devices"

@@ -15,7 +15,7 @@ from finetuner.runtime.ranks import is_main
 
 
 def ask_all(ask: Ask, learner: CausalLearner, tokenizer: Any, step: int, folder: Path) -> None:
-    """Says the answers and writes them to `folder`/samples/step-N.txt; every rank holds the model, the main one answers."""
+    """Says the answers and writes them to `folder`/samples/step-N.txt. The main rank answers, the others wait."""
     if is_main():
         stops = stop_ids(tokenizer, learner.model.generation_config)
         lines = []

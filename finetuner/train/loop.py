@@ -89,5 +89,6 @@ def train(
             raise TrainingStopped(broken(step, batches, error.norm, f"the gradient of {error.where}")) from None
         done = Step(step + 1, mean, norm, part, learned, feed.tokens(step))
         # Each listener hears of each step, also after another has ended the run: a stop is saved before it ends.
-        if any([listener(done) for listener in listeners]):
+        answers = [listener(done) for listener in listeners]
+        if any(answers):
             return

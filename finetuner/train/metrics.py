@@ -1,6 +1,6 @@
 """What is logged of a run: metrics.jsonl, the terminal, trackers.
 
-- metrics.jsonl holds one line a logged step; on resume the lines past the checkpoint are cut, so that none stands twice.
+- metrics.jsonl holds one line a logged step; on resume the lines past the checkpoint are cut: none stands twice.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ Tracker = Callable[[int, Mapping[str, float]], None]
 class Metrics:
     """A listener that writes each `log.every`-th step, the first and the last, and whatever else is measured."""
 
-    def __init__(
-        self, run: Run, folder: Path, *, start: int, feed: Feed, trackers: tuple[Tracker, ...] = ()
-    ) -> None:
+    def __init__(self, run: Run, folder: Path, *, start: int, feed: Feed, trackers: tuple[Tracker, ...] = ()) -> None:
         self._every = run.log.every.count
         self._rate = run.optim.lr
         self._steps, self._steps_per_epoch = feed.steps, feed.plan.steps_per_epoch
@@ -89,7 +87,7 @@ class Metrics:
 
 def memory() -> int:
     """Peak bytes: of this rank's GPU, or of the process where it trains on the CPU."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return torch.cuda.max_memory_allocated()
     import resource
 

@@ -36,9 +36,8 @@ class Standing:
 
     def after(self, step: int, loss: float) -> Standing:
         """The standing after an evaluation; a loss that is not a number is never the best."""
-        if self.best_loss is None or loss < self.best_loss:
-            if math.isfinite(loss):
-                return Standing(loss, step)
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            return Standing(loss, step)
         return dataclasses.replace(self, waited=self.waited + 1)
 
 

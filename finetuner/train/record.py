@@ -23,8 +23,21 @@ from finetuner.config.write import differences, to_json
 from finetuner.errors import CheckpointError, Problem
 from finetuner.runtime.log import say
 
-FREE = ("log", "ask", "save", "eval", "max_runtime", "folder", "batch.per_device", "engine", "model.checkpointing",
-        "model.attention", "optim", "schedule", "until")
+FREE = (
+    "log",
+    "ask",
+    "save",
+    "eval",
+    "max_runtime",
+    "folder",
+    "batch.per_device",
+    "engine",
+    "model.checkpointing",
+    "model.attention",
+    "optim",
+    "schedule",
+    "until",
+)
 """What may change when a run goes on: it is told, and neither the data's order nor the state stops fitting."""
 
 
@@ -60,13 +73,24 @@ def check_same(folder: Path, loaded: Loaded, data: str) -> None:
     remedy = "put them back, or start anew: --resume never (the old folder is kept beside)"
     if hard:
         raise CheckpointError(
-            Problem("E-RESUME-CONFIG", "the config no longer fits the run that it would go on with", str(folder),
-                    "; ".join(hard), f"changes of {', '.join(FREE)}", remedy)
+            Problem(
+                "E-RESUME-CONFIG",
+                "the config no longer fits the run that it would go on with",
+                str(folder),
+                "; ".join(hard),
+                f"changes of {', '.join(FREE)}",
+                remedy,
+            )
         )
     if json.loads((folder / "run.json").read_text(encoding="utf-8"))["data"] != data:
         raise CheckpointError(
-            Problem("E-RESUME-DATA", "the data, or how it is read, changed since the run began", str(folder),
-                    "other samples than it began with", remedy=remedy)
+            Problem(
+                "E-RESUME-DATA",
+                "the data, or how it is read, changed since the run began",
+                str(folder),
+                "other samples than it began with",
+                remedy=remedy,
+            )
         )
 
 

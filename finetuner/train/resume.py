@@ -34,8 +34,14 @@ def find(folder: Path, resume: str) -> Resume | None:
         broken = verify(path)
         if broken:
             raise CheckpointError(
-                Problem("E-CHECKPOINT-TORN", "the checkpoint to go on from is not complete", str(path), broken,
-                        "a complete checkpoint folder", "--resume auto takes the newest complete one")
+                Problem(
+                    "E-CHECKPOINT-TORN",
+                    "the checkpoint to go on from is not complete",
+                    str(path),
+                    broken,
+                    "a complete checkpoint folder",
+                    "--resume auto takes the newest complete one",
+                )
             )
         return _at(path)
     identity = run_id(folder)
@@ -47,8 +53,13 @@ def find(folder: Path, resume: str) -> Resume | None:
     torn = [skip for skip in skipped if skip.kind == "torn"]
     if path_or_none is None and torn:
         raise CheckpointError(
-            Problem("E-CHECKPOINT-NONE", "no checkpoint of this run is complete", str(folder), "; ".join(map(str, torn)),
-                    remedy="--resume never starts anew and keeps this folder beside")
+            Problem(
+                "E-CHECKPOINT-NONE",
+                "no checkpoint of this run is complete",
+                str(folder),
+                "; ".join(map(str, torn)),
+                remedy="--resume never starts anew and keeps this folder beside",
+            )
         )
     return _at(path_or_none) if path_or_none else None
 

@@ -100,7 +100,9 @@ def perform(loaded: Loaded, home: Path, found: Resume | None, device: torch.devi
     if found:
         engine.load(found.path / "state")
     feed = Feed(samples, plan, rank(), world(), run.batch.per_device)
-    return steps(loaded, home, engine, feed, held, built.tokenizer, run_id, start, found.standing if found else Standing())
+    return steps(
+        loaded, home, engine, feed, held, built.tokenizer, run_id, start, found.standing if found else Standing()
+    )
 
 
 def steps(

@@ -34,8 +34,8 @@ def _start(
 
             def board(step: int, figures: Mapping[str, float]) -> None:
                 for key, value in figures.items():
-                    writer.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
-                writer.flush()  # type: ignore[no-untyped-call]
+                    writer.add_scalar(key, value, step)
+                writer.flush()
 
             return board
         case "wandb" | "trackio" | "swanlab":
@@ -52,6 +52,11 @@ def _module(name: str, extra: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise ConfigError(
-            Problem("E-EXTRA", f"{name} is not installed", "log.to", name,
-                    remedy=f"pip install 'finetuner[{extra}]', or remove it from log.to")
+            Problem(
+                "E-EXTRA",
+                f"{name} is not installed",
+                "log.to",
+                name,
+                remedy=f"pip install 'finetuner[{extra}]', or remove it from log.to",
+            )
         ) from None

@@ -29,7 +29,9 @@ def test_wsd_holds_and_then_falls():
     assert got == pytest.approx([1, 1, 1, 1, 1, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5], abs=1e-12)
 
 
-@pytest.mark.parametrize("schedule", [Constant(), Constant(warmup=0.2), Linear(), Cosine(), WSD(), Cosine(warmup=Steps(999))])
+@pytest.mark.parametrize(
+    "schedule", [Constant(), Constant(warmup=0.2), Linear(), Cosine(), WSD(), Cosine(warmup=Steps(999))]
+)
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 100])
 def test_no_step_is_wasted_and_none_exceeds_the_rate(schedule, steps):
     assert all(0 < value <= 1 for value in curve(schedule, steps))

@@ -30,7 +30,9 @@ def test_evaluating_and_asking_change_nothing_of_the_training(tmp_path, monkeypa
     held = ', eval=Eval(data=Dialogues(Json("rows.jsonl"), length=96), every=Steps({}))'.format
     plain, busy = tmp_path / "plain", tmp_path / "busy"
     world.make(plain, until="Steps(6)", every=100)
-    world.make(busy, until="Steps(6)", every=100, more=held(every) + ', ask=Ask(["who?"], every=Steps(1), max_tokens=4)')
+    world.make(
+        busy, until="Steps(6)", every=100, more=held(every) + ', ask=Ask(["who?"], every=Steps(1), max_tokens=4)'
+    )
     assert train(plain, monkeypatch) == train(busy, monkeypatch)
     assert world.weights(plain / "out").keys() == world.weights(busy / "out").keys()
     assert len(evaluations(busy)) >= 2

@@ -10,7 +10,7 @@ import rig
 import torch
 import torch.nn.functional as F
 
-from finetuner import AdamW, BatchSize, CausalLM, Constant, Dialogues, Json, Steps
+from finetuner import AdamW, CausalLM, Constant, Dialogues, Json, Steps
 from finetuner.data.feed import Feed
 from finetuner.data.packs import pack_samples
 from finetuner.data.samples import prepare
@@ -22,7 +22,7 @@ from finetuner.model.build import build
 from finetuner.model.tokenizer import encoder_spec, load_tokenizer
 from finetuner.train import loop
 
-WORDS = "one two three five eight thirteen twenty-one thirty-four".split()
+WORDS = ["one", "two", "three", "five", "eight", "thirteen", "twenty-one", "thirty-four"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def made(world, *, pack=False, per_device=1, rank=0, ranks=1, total=8, length=51
 
 
 def gradient(world, **cut):
-    """Gradient of one step by our engine, cut in that way; the ranks' sums are added as DistributedDataParallel would."""
+    """Gradient of one step by our engine, cut in that way; the sums of the ranks are added up."""
     total = None
     for rank in range(cut.get("ranks", 1)):
         learner, feed = made(world, **(cut | {"rank": rank}))
@@ -74,7 +74,9 @@ def reference(world):
         ids = tokenizer(head + assistant["content"] + "<|im_end|>\n", add_special_tokens=False).input_ids
         end = len(ids) - 1 - ids[::-1].index(tokenizer.convert_tokens_to_ids("<|im_end|>"))
         logits = model(torch.tensor([ids])).logits[0]
-        loss = loss + F.cross_entropy(logits[len(prompt) - 1 : end], torch.tensor(ids[len(prompt) : end + 1]), reduction="sum")
+        loss = loss + F.cross_entropy(
+            logits[len(prompt) - 1 : end], torch.tensor(ids[len(prompt) : end + 1]), reduction="sum"
+        )
         count += end + 1 - len(prompt)
     (loss / count).backward()
     return {name: p.grad for name, p in model.named_parameters()}, float(loss.detach() / count)
@@ -87,7 +89,8 @@ def distance(got, wanted):
 
 CUTS = [
     {"per_device": 1}, {"per_device": 2}, {"per_device": 4}, {"per_device": 8}, {"per_device": 3},
-    {"pack": True, "length": 256}, {"pack": True, "length": 512}, {"ranks": 2}, {"ranks": 2, "per_device": 4}, {"ranks": 3},
+    {"pack": True, "length": 256}, {"pack": True, "length": 512}, {"ranks": 2}, {"ranks": 3},
+    {"ranks": 2, "per_device": 4},
 ]  # fmt: skip
 
 

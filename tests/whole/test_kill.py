@@ -18,7 +18,9 @@ KILLS = 20
 
 def start(config, **extra):
     command = [sys.executable, "-m", "finetuner", "train", config.name]
-    return subprocess.Popen(command, cwd=config.parent, env=world.environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command, cwd=config.parent, env=world.environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def checkpoints(folder):

@@ -31,10 +31,10 @@ def copy(alone, folder):
 
 def test_two_ranks_train_what_one_does_and_one_goes_on_from_two(alone, tmp_path):
     folder = copy(alone, tmp_path)
-    done = world.finetuner("train", "config.py", "--nproc", 2, "batch.per_device=1", "until=Steps(4)", "schedule=Constant()",
-                           cwd=folder)  # fmt: skip
+    four = ("until=Steps(4)", "schedule=Constant()")
+    done = world.finetuner("train", "config.py", "--nproc", 2, "batch.per_device=1", *four, cwd=folder)
     assert done.returncode == 0, done.stderr
-    wanted = world.finetuner("train", "config.py", "until=Steps(4)", "schedule=Constant()", "folder=one", cwd=folder)
+    wanted = world.finetuner("train", "config.py", *four, "folder=one", cwd=folder)
     assert wanted.returncode == 0, wanted.stderr
     assert near(world.losses(folder / "out"), world.losses(folder / "one"))
     assert done.stderr.count("4 steps") == 1, "both ranks speak"

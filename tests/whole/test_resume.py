@@ -155,4 +155,3 @@ def test_resume_never_keeps_the_old_run_beside(unbroken, tmp_path):
     assert world.losses(folder / "out") == world.losses(unbroken / "out")
     first, second = (json.loads((folder / name / "run.json").read_text())["id"] for name in ("out", "out.1"))
     assert first != second
-

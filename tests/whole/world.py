@@ -48,13 +48,23 @@ def rows(count: int = 37, seed: int = 0) -> list[dict[str, object]]:
 
 
 def make(
-    folder: Path, *, model: str = LORA, data: str = "", pack: bool = True, until: str = "Epochs(2)", every: int = 2,
-    more: str = "", count: int = 37, **llama: object,
+    folder: Path,
+    *,
+    model: str = LORA,
+    data: str = "",
+    pack: bool = True,
+    until: str = "Epochs(2)",
+    every: int = 2,
+    more: str = "",
+    count: int = 37,
+    **llama: object,
 ) -> Path:
     """Writes model, rows, text and config into `folder`; returns the config's path. Its paths are relative to there."""
     rig.tiny_llama(folder / "model", **{"attention_dropout": 0.1, **llama})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
-    (folder / "text.txt").write_text("".join(f"{' '.join(NAMES[: n % 6 + 1])} walk {n} miles.\n" for n in range(count * 2)))
+    (folder / "text.txt").write_text(
+        "".join(f"{' '.join(NAMES[: n % 6 + 1])} walk {n} miles.\n" for n in range(count * 2))
+    )
     text = CONFIG.format(model=model, data=data or DIALOGUES.format(pack=pack), until=until, every=every, more=more)
     (folder / "config.py").write_text(text)
     return folder / "config.py"
