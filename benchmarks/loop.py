@@ -3,7 +3,7 @@
     python benchmarks/loop.py [--steps 6] [--rounds 5]
 
 Both train a small Llama by the same forward, backward, clipping and fused AdamW; ours adds what a run has besides: the
-plan, collating, seeding, the finite checks, the schedule, metrics.jsonl and the log lines. The two take turns; a ratio is
+plan, collating, seeding, the finite checks, the schedule, metrics.jsonl and the log lines. They take turns; a ratio is
 of two times of one round. Steps are long enough (hundreds of milliseconds) that noise does not decide.
 """
 

@@ -123,14 +123,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise _problem(
-            "E-STATE-FILE",
-            "a file of the state cannot be read",
-            path,
-            str(error),
-            "the file that was written",
-            "resume from another checkpoint",
-        ) from error
+        raise _unreadable(path, error) from error
     _sound(path, tensors)
     return tensors
 
@@ -221,15 +214,13 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _problem(
-            "E-STATE-FILE",
-            "a file of the state cannot be read",
-            path,
-            str(error),
-            "the file that was written",
-            "resume from another checkpoint",
-        ) from error
+        raise _unreadable(path, error) from error
     return dict(body)
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    what, fits = "a file of the state cannot be read", "the file that was written"
+    return _problem("E-STATE-FILE", what, path, str(error), fits, "resume from another checkpoint")
 
 
 def _shape(where: Path, name: str, found: list[int], fits: list[int]) -> CheckpointError:

@@ -77,7 +77,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]
 
 
 CHANGES = {
-    "its body": ('"b", tidy', '"c", tidy'),
+    "its body": ('sub("b"', 'sub("c"'),
     "its default": ("keep=3", "keep=4"),
     "a helper": ("text + SUFFIX", "SUFFIX + text"),
     "a helper's constant": ('SUFFIX = "."', 'SUFFIX = "!"'),

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 import world
 
 from finetuner.config.load import load
 from finetuner.train import runner
-from finetuner.train.evaluate import at_rest
 from finetuner.train.milestones import Standing
 
 
@@ -47,16 +45,6 @@ def test_the_validation_loss_does_not_depend_on_packing(tmp_path, monkeypatch):
         train(folder, monkeypatch)
         losses += evaluations(folder)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-
-
-def test_every_module_gets_its_own_mode_back():
-    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 2)))
-    model.train()
-    model[1][0].eval()
-    before = [module.training for module in model.modules()]
-    with at_rest(model):
-        assert not any(module.training for module in model.modules())
-    assert [module.training for module in model.modules()] == before
 
 
 def test_the_best_is_the_lowest_finite_loss():
