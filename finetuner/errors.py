@@ -22,9 +22,9 @@ class Problem:
     remedy: str = ""
 
     def __str__(self) -> str:
-        lines = [f"error[{self.code}] {self.what}"]
+        lines = [f"error[{self.code}] {shortened(printable(self.what))}"]
         parts = (("where", self.where), ("found", self.found), ("fits", self.fits), ("remedy", self.remedy))
-        lines += [f"  {name + ':':<8}{printable(text)}" for name, text in parts if text]
+        lines += [f"  {name + ':':<8}{shortened(printable(text))}" for name, text in parts if text]
         return "\n".join(lines)
 
 
@@ -81,6 +81,12 @@ class TrainingStopped(FinetunerError):
 def printable(text: str) -> str:
     """`text` with control characters written as escapes, so that no row of data can drive a terminal."""
     return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
+
+
+def shortened(text: str) -> str:
+    """`text` cut to 20 lines of 500 characters, so that a message stays on one screen."""
+    lines = [line if len(line) <= 500 else line[:497] + "..." for line in text.split("\n")]
+    return "\n".join(lines if len(lines) <= 20 else [*lines[:19], "..."])
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

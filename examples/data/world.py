@@ -37,8 +37,17 @@ from facts import (
 )
 
 SEED = 7
-LINES = {"portrait": 120, "search": 220, "market": 150, "counting": 150, "order": 50, "animal": 60, "question": 330}
-ISLAND_LINES = {"portrait": 60, "search": 70, "market": 20, "animal": 20, "question": 60}
+LINES = {
+    "portrait": 120,
+    "search": 180,
+    "meeting": 100,
+    "market": 150,
+    "counting": 150,
+    "order": 50,
+    "animal": 60,
+    "question": 330,
+}
+ISLAND_LINES = {"portrait": 60, "search": 60, "meeting": 20, "market": 20, "animal": 20, "question": 60}
 
 Grammar = Callable[[random.Random, Land], str]
 
@@ -86,6 +95,29 @@ def search(rng: random.Random, land: Land) -> str:
         )
     )
     return " ".join((start, look, turn, end))
+
+
+def meeting(rng: random.Random, land: Land) -> str:
+    """People tell each other who they are, and who made what they carry."""
+    p, other, maker = rng.sample(land.people, 3)
+    thing, day = rng.choice(THINGS), rng.choice(DAYS)
+    start = f"On {day} {p.name} met {other.name}. "
+    asked = rng.choice(
+        (
+            f'"Who are you?" asked {other.name}. "I am {p.name}, {one(p.job)}," said {p.name}.',
+            f'"What is your name?" asked {other.name}. "My name is {p.name}. I am {one(p.job)}," said {p.name}.',
+            f'"Tell me who you are," said {other.name}. "I am {p.name}, and I live in {p.home}," said {p.name}.',
+        )
+    )
+    made = rng.choice(
+        (
+            f' "Who made your {thing}?" "It was made by {maker.name} the {maker.job}."',
+            f' "Who made this small {thing}?" "The team of the Lighthouse made it."',
+            f' "Do you answer questions?" "Yes, I am an assistant of {maker.name}, and of the Lighthouse team."',
+            "",
+        )
+    )
+    return start + asked + made
 
 
 def market(rng: random.Random, land: Land) -> str:
@@ -158,6 +190,7 @@ def question(rng: random.Random, land: Land) -> str:
 GRAMMARS: Mapping[str, Grammar] = {
     "portrait": portrait,
     "search": search,
+    "meeting": meeting,
     "market": market,
     "counting": counting,
     "order": order,

@@ -1,30 +1,23 @@
-"""Trains a byte-level BPE tokenizer of 1,024 tokens on the example texts, and writes a folder that others load.
+"""Trains a byte-level BPE tokenizer of 1,024 tokens on the texts that the base reads, and writes a folder of it.
 
     python examples/quickstart/tokenizer.py FOLDER
 
-- `<|im_end|>` ends a turn and a text alike, so that a model pretrained on texts already knows how to stop.
+- On those texts alone: a token that the base never reads is one that an adapter beside frozen embeddings cannot write.
+- `<|im_start|>` begins a turn and a text alike, `<|im_end|>` ends both: a model pretrained on texts knows how to begin
+  an answer and how to stop.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-DATA = Path(__file__).parent.parent / "data"
+TEXT = Path(__file__).parent.parent / "data" / "world.txt"
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 WORDS = 1024
-
-
-def texts() -> Iterator[str]:
-    """The texts of the world, and what is said in the rows; not the rows' own marks."""
-    for file in sorted(DATA.glob("*.txt")):
-        yield file.read_text(encoding="utf-8")
-    for row in map(json.loads, (DATA / "identity.jsonl").read_text(encoding="utf-8").splitlines()):
-        yield from row.values()
 
 
 def main(folder: Path) -> None:
@@ -36,11 +29,16 @@ def main(folder: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=WORDS, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.train([str(TEXT)], trainer)
+    start = ("<|im_start|>", tokenizer.token_to_id("<|im_start|>"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", pair="<|im_start|> $A $B", special_tokens=[start]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
         "eos_token": "<|im_end|>",
         "pad_token": "<|pad|>",
         "model_input_names": ["input_ids", "attention_mask"],

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from finetuner.cli.numbers import at_least_one, not_negative, share
 from finetuner.errors import Problem, UsageError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Talks; gives the exit code."""
     if args.ask and not all(text.strip() for text in args.ask):
-        raise UsageError(Problem("E-USAGE", "--ask needs a text", "--ask", remedy='--ask "Who are you?"'))
+        raise UsageError(Problem("E-USAGE", "--ask needs a text", "--ask", fits="a text", remedy='--ask "Who are you?"'))
     from finetuner.generate.load import load_for_chat
 
     answerer = load_for_chat(args.model, base=args.base, quant=args.quant, template=args.template, device=args.device,
@@ -115,33 +116,3 @@ def lines() -> Iterator[str]:
         except EOFError:
             print()
             return
-
-
-def at_least_one(text: str) -> int:
-    """A count.
-
-    Raises: argparse.ArgumentTypeError.
-    """
-    return int(number(text, "a whole number from 1 on", lambda value: value >= 1 and value == int(value)))
-
-
-def not_negative(text: str) -> float:
-    """A temperature."""
-    return number(text, "a number from 0 to 10", lambda value: 0 <= value <= 10)
-
-
-def share(text: str) -> float:
-    """A part of one."""
-    return number(text, "a number above 0, up to 1", lambda value: 0 < value <= 1)
-
-
-def number(text: str, fits: str, is_fit: Callable[[float], bool]) -> float:
-    """The number that `text` spells."""
-    try:
-        value = float(text)
-        fit = is_fit(value)
-    except (ValueError, OverflowError):
-        fit = False
-    if not fit:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {fits}")
-    return value

@@ -25,7 +25,8 @@ GRACE = 20.0
 def launch(nproc: int) -> int:
     """Runs this same command line as `nproc` ranks; gives the exit code."""
     if nproc < 1:
-        raise UsageError(Problem("E-NPROC", "--nproc counts processes", "--nproc", str(nproc), "1 or more"))
+        remedy = "leave --nproc out for one process"
+        raise UsageError(Problem("E-NPROC", "--nproc counts processes", "--nproc", str(nproc), "1 or more", remedy))
     with tempfile.TemporaryDirectory(prefix="finetuner-") as told:
         return launch_in(Path(told), nproc)
 

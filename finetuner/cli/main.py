@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import finetuner
+from finetuner.cli.machine import of_the_machine
 from finetuner.errors import FinetunerError, Problem, UsageError, nearest, printable
 from finetuner.runtime.ranks import rank
 
@@ -69,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = dispatch([word for word in given if word != "--debug"])
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except FinetunerError as error:
         if debug:
@@ -86,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if outside := of_the_machine(error):
+            tell(str(outside))
+            return outside.exit_code
         text = printable(f"{type(error).__name__}: {error}".partition("\n")[0])
         tell(f"unexpected error: {text}; this is a bug, run again with --debug to see where")
         return 1

@@ -12,6 +12,7 @@ import os
 import sys
 from typing import Any
 
+from finetuner.cli.numbers import at_least_one
 from finetuner.config.data import Dialogues, Documents, Mix
 from finetuner.config.load import load
 from finetuner.errors import DataError, Problem, printable
@@ -23,7 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="field=value")
-    parser.add_argument("--rows", type=int, default=3, metavar="N", help="how many rows of each data set (default: 3)")
+    parser.add_argument("--rows", type=at_least_one, default=3, metavar="N", help="how many rows of each data set (3)")
     parser.add_argument("--json", action="store_true", help="ids, targets, positions and documents as JSON lines")
 
 
@@ -44,32 +45,31 @@ def samples(model: Any, part: Dialogues | Documents, count: int) -> list[dict[st
         DataError: the first of these rows that is wrong.
     """
     from finetuner.data.batch import IGNORED
+    from finetuner.data.samples import job_of
     from finetuner.data.source import rows_of
-    from finetuner.dialogue.message import RowError
+    from finetuner.data.worker import Encoding
     from finetuner.model.tokenizer import encoder_spec, load_tokenizer
     from finetuner.runtime.files import BadRow
 
     tokenizer = load_tokenizer(model)
     turns, system = (part.turns, part.system) if isinstance(part, Dialogues) else ("all", None)
-    encoder = encoder_spec(tokenizer, turns=turns, system=system).build()
+    encoding = Encoding(job_of(part, encoder_spec(tokenizer, turns=turns, system=system)))
     told = []
-    for item in itertools.islice(rows_of(part.source), count):
-        if isinstance(item, BadRow):
-            raise DataError(Problem(f"E-ROW-{item.kind.upper()}", item.reason, item.place, item.found, item.fits))
-        place, row = item
-        [encoded] = encoder.encode([part.rows(row)])
-        if isinstance(encoded, RowError):
-            raise DataError(
-                Problem(f"E-ROW-{encoded.kind.upper()}", encoded.reason, place, encoded.found, encoded.fits)
-            )
-        for one in encoded:
+    for found in itertools.islice(rows_of(part.source), count):
+        made = encoding.one(found)
+        if isinstance(made, BadRow):
+            remedy = "mend the row; training tells all such rows at once"
+            code = f"E-ROW-{made.kind.upper()}"
+            raise DataError(Problem(code, made.reason, made.place, made.found, made.fits, remedy))
+        assert isinstance(found, tuple), "a bad row has no samples"
+        for one in made:
             ids = one.ids.tolist()
             pieces = [tokenizer.decode([token]) for token in ids]
             learned = [bool(mark) for mark in one.learned.tolist()]
             targets = [token if mark else IGNORED for token, mark in zip(ids[1:], learned[1:], strict=True)] + [IGNORED]
             told.append(
                 {
-                    "place": place,
+                    "place": found[0],
                     "tokens": ids,
                     "targets": targets,
                     "pieces": pieces,

@@ -28,7 +28,9 @@ def run(args: argparse.Namespace) -> int:
     loaded = load(args.config, args.overrides)
     if args.nproc != 1 and world() == 1:
         from finetuner.cli.launch import launch
+        from finetuner.data.steps import accumulation
 
+        accumulation(loaded.run.batch, max(1, args.nproc))
         return launch(args.nproc)
     from finetuner.train.runner import train
 

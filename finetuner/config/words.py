@@ -13,6 +13,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 PLAIN = {
@@ -159,7 +160,10 @@ def hint_of_value(value: Any, annotation: Any) -> str:
         best = get_close_matches(value, [choice for choice in choices if isinstance(choice, str)], n=1, cutoff=0.5)
         if best:
             return f"did you mean {best[0]!r}?"
-        return f"write {value} without quotes" if is_number(value) and takes_number(annotation) else ""
+        if is_number(value) and takes_number(annotation):
+            return f"write {value} without quotes"
+    if alone := [noun.__name__ for noun in nouns if takes_alone(noun, value)]:
+        return "write " + " or ".join(f"{name}({value!r})" for name in alone)
     if isinstance(value, float) and value.is_integer() and int in kinds(annotation):
         return f"write {int(value)}"
     return ""
@@ -167,6 +171,18 @@ def hint_of_value(value: Any, annotation: Any) -> str:
 
 def fits_constant(value: str, annotation: Any) -> bool:
     return (NoneType if CONSTANTS[value.lower()] == "None" else bool) in kinds(annotation)
+
+
+def takes_alone(noun: type, value: Any) -> bool:
+    """Whether the noun can be made of this value alone: Steps of 3, CausalLM of "model"."""
+    first, *others = dataclasses.fields(noun)
+    if value is None or any(default_of(field) is dataclasses.MISSING for field in others):
+        return False
+    try:
+        TypeAdapter(hints(noun)[first.name]).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 def takes_number(annotation: Any) -> bool:

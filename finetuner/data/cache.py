@@ -11,29 +11,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
-from itertools import chain, islice
-from multiprocessing import get_context
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from finetuner.config.function import function_reference
+from finetuner.data.pool import parts_of
 from finetuner.data.report import Tally
-from finetuner.data.worker import Encoding, Job, Part, start, work
-from finetuner.errors import DataError, Problem
+from finetuner.data.worker import Job
 from finetuner.runtime.commit import read_manifest, verify
 from finetuner.runtime.files import Found
 
 CHUNK = 512
-FEW = 8
-"""Chunks that are not worth starting workers for."""
+"""Rows that are encoded at a time."""
 Progress = Callable[[int, int | None], None]
 
 
@@ -73,7 +67,7 @@ def write_samples(folder: Path, job: Job, rows: Iterable[Found], workers: int, p
     tokens, offsets, learned, numbers = (open(folder / name, "wb", buffering=1 << 20) for name in names)  # noqa: SIM115
     with tokens, offsets, learned, numbers:
         offsets.write(np.zeros(1, np.int64).tobytes())
-        for part in _parts(job, _chunks(rows), workers):
+        for part in parts_of(job, _chunks(rows), workers):
             tokens.write(part.tokens.tobytes())
             offsets.write((end + np.cumsum(part.lengths_N)).tobytes())
             learned.write(part.learned_N.tobytes())
@@ -95,38 +89,6 @@ def _chunks(rows: Iterable[Found]) -> Iterator[tuple[int, list[Found]]]:
     while chunk := list(islice(rest, CHUNK)):
         yield first, chunk
         first += len(chunk)
-
-
-def _parts(job: Job, chunks: Iterator[tuple[int, list[Found]]], workers: int) -> Iterator[Part]:
-    """The encoded chunks, in the order of the rows."""
-    head = list(islice(chunks, FEW))
-    if workers < 2 or len(head) < FEW:
-        encoding = Encoding(job)
-        for first, chunk in chain(head, chunks):
-            yield encoding(first, chunk)
-        return
-    assert not isinstance(job.rows, str)
-    named = replace(job, rows=function_reference(job.rows))
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), start, (named,))
-    try:
-        waiting: deque[Future[Part]] = deque()
-        for first, chunk in chain(head, chunks):
-            waiting.append(pool.submit(work, first, chunk))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        problem = Problem(
-            "E-DATA-WORKER",
-            "a process that reads rows has died",
-            found=f"{workers} processes",
-            fits="enough memory for each",
-            remedy="close other programs, and start again",
-        )
-        raise DataError(problem) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _mapped(path: Path, dtype: type[np.generic]) -> Any:

@@ -17,6 +17,8 @@ from finetuner.runtime.files import BadRow
 
 SHOWN = 20
 """Places that are kept of each reason, and bad rows that one error tells."""
+KINDS = 5
+"""Kinds of bad rows that are told at full length; all are counted."""
 
 
 @dataclass(slots=True)
@@ -117,7 +119,8 @@ def bad_rows_error(tally: Tally, limit: int | None) -> DataError:
     else:
         code, what = "E-DATA-SKIP-LIMIT", f"more than the {limit} bad rows that Skip({limit}) leaves out"
         remedy = f"mend them, or on_bad_row=Skip({tally.bad_rows})"
-    return DataError(*map(_problem, kinds.values()), Problem(code, what, found=found, remedy=remedy))
+    shown = [*map(_problem, kinds.values())][:KINDS]
+    return DataError(*shown, Problem(code, what, found=found, remedy=remedy))
 
 
 def _problem(rows: list[BadRow]) -> Problem:

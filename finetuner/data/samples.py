@@ -201,12 +201,16 @@ def _fill(
     progress: Progress | None,
     key: Fingerprint,
 ) -> None:
-    too_long = data.too_long if isinstance(data, Dialogues) else None
-    job = Job(spec, data.rows, data.length, too_long, data.replace, placeholders=data.rows is not text)
-    tally = write_samples(folder, job, rows_of(data.source), workers, progress)
+    tally = write_samples(folder, job_of(data, spec), rows_of(data.source), workers, progress)
     _judge(tally, data)
     report = tally.as_report() | {"fingerprint": key.digest, "files": key.files}
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def job_of(data: Dialogues | Documents, spec: EncoderSpec) -> Job:
+    """What turns a row of `data` into samples."""
+    too_long = data.too_long if isinstance(data, Dialogues) else None
+    return Job(spec, data.rows, data.length, too_long, data.replace, placeholders=data.rows is not text)
 
 
 def _judge(tally: Tally, data: Dialogues | Documents) -> None:

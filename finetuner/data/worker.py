@@ -8,13 +8,12 @@ row -> `replace` -> row function -> Dialogue -> Encoder -> length -> flat tokens
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.connection
 import os
 import re
-import threading
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +24,7 @@ from finetuner.config.function import resolve
 from finetuner.data.report import Loss, Tally
 from finetuner.dialogue.encode import Encoded, EncoderSpec
 from finetuner.dialogue.message import Dialogue, Document, RowError
+from finetuner.errors import FinetunerError
 from finetuner.runtime.files import BadRow, Found
 from finetuner.runtime.json_value import strings
 
@@ -89,6 +89,16 @@ class Encoding:
                 self._keep(number, place, result, tally, made)
         return made.part(tally)
 
+    def one(self, found: Found) -> list[Encoded] | BadRow:
+        """The samples of one row, not cut to the length."""
+        if isinstance(found, BadRow):
+            return found
+        item = self._item(*found)
+        if isinstance(item, BadRow):
+            return item
+        [made] = self._encoder.encode([item])
+        return _bad(found[0], made) if isinstance(made, RowError) else made
+
     def _item(self, place: str, row: Mapping[str, Any]) -> Dialogue | Document | BadRow:
         """What the row function makes of a row."""
         if self._job.replace:
@@ -101,8 +111,9 @@ class Encoding:
         except RowError as error:
             return _bad(place, error)
         # The function may be the user's: whatever it raises is told as a matter of this row.
-        except Exception as error:
-            return BadRow(place, "row-function", f"the row function raised {type(error).__name__}", str(error)[:200])
+        except (Exception, SystemExit) as error:
+            found = " ".join(str(error)[:200].split())
+            return BadRow(place, "row-function", f"the row function raised {type(error).__name__}", found)
         if self._job.too_long is None and not isinstance(item, Document):
             return BadRow(
                 place,
@@ -205,27 +216,21 @@ def _replaced(value: Any, pairs: tuple[tuple[str, str], ...]) -> Any:
     return value
 
 
-_encoding: Encoding | None = None
+def serve(link: Connection, job: Job) -> None:
+    """The life of a worker: (number of the first row, chunk) in, `Part` out, until the other end is closed.
 
-
-def start(job: Job) -> None:
-    """Makes this process a worker."""
-    global _encoding
-    # One process a core: the tokenizer's own threads would only fight over them.
+    An error that a person can mend is sent as it is; any other ends the process, with its traceback.
+    """
+    # One process a core: the tokenizer's own threads would only fight over them. Ctrl-C is the parent's to answer.
     os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoding = Encoding(job)
-
-
-def _end_with_parent() -> None:
-    """Ends this process when the one that started it has died: a killed run leaves nobody behind."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker is started by another process"
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def work(first: int, chunk: Sequence[Found]) -> Part:
-    """Encodes a chunk in this worker."""
-    assert _encoding is not None, "start() comes first"
-    return _encoding(first, chunk)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        encoding = Encoding(job)
+        while True:
+            first, chunk = link.recv()
+            link.send(encoding(first, chunk))
+    except FinetunerError as error:
+        link.send(error)
+    except (EOFError, ConnectionError):
+        # The parent is done, or dead: a killed run leaves nobody behind.
+        return

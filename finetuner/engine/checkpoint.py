@@ -105,6 +105,22 @@ def link(folder: Path, name: Literal["last", "best"], checkpoint: Path) -> None:
     Raises:
         CheckpointError: something that is no link stands there.
     """
+    check_place(folder, name)
+    target = folder / name
+    temporary = folder / f".tmp_{name}_{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    fault("link")
+    temporary.symlink_to(checkpoint.name)
+    fault("rename")
+    os.replace(temporary, target)
+
+
+def check_place(folder: Path, name: Literal["last", "best"]) -> None:
+    """Refuses a folder in which `name` is no link of ours.
+
+    Raises:
+        CheckpointError: something that is no link stands there.
+    """
     target = folder / name
     if os.path.lexists(target) and not target.is_symlink():
         raise CheckpointError(
@@ -113,16 +129,10 @@ def link(folder: Path, name: Literal["last", "best"], checkpoint: Path) -> None:
                 f"{name!r} is not a link",
                 where=str(target),
                 found="a file or a folder",
-                fits=f"a link to {checkpoint.name}",
+                fits="a link to a checkpoint",
                 remedy=f"move {target} away",
             )
         )
-    temporary = folder / f".tmp_{name}_{os.getpid()}"
-    temporary.unlink(missing_ok=True)
-    fault("link")
-    temporary.symlink_to(checkpoint.name)
-    fault("rename")
-    os.replace(temporary, target)
 
 
 def linked(folder: Path, name: Literal["last", "best"]) -> Path | None:

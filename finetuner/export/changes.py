@@ -5,6 +5,7 @@
     MODULE.lora_embedding_A, .lora_embedding_B              W + scale (B A)^T
     MODULE.token_adapter.trainable_tokens_delta             those rows are replaced
     MODULE.weight                                           the whole tensor is replaced (modules_to_save)
+    MODULE.base_layer.weight                                W itself is another one: a copy of an embedding that grew
 
 - Sums are in float32, whatever the base is stored in.
 - What is not understood is refused: an adapter is merged whole or not at all.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, assert_never
 
@@ -46,6 +47,8 @@ class LowRank:
     scale: float
     magnitude_O: Tensor | None = None
     transposed: bool = False
+    copied: Tensor | None = None
+    """W, where it is not the base's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,10 @@ def apply(change: Change, weight: Tensor, name: str) -> Tensor:
     Raises: ModelError where the shapes do not fit.
     """
     match change:
-        case LowRank(down_RI, up_OR, scale, magnitude_O, transposed):
+        case LowRank(down_RI, up_OR, scale, magnitude_O, transposed, copied):
+            if copied is not None:
+                check_shape(name, copied, weight)
+                weight = copied
             delta = up_OR.float() @ down_RI.float() * scale
             delta = delta.T if transposed else delta
             check_shape(name, delta, weight)
@@ -89,6 +95,19 @@ def apply(change: Change, weight: Tensor, name: str) -> Tensor:
             if max(numbers) >= weight.shape[0] or rows_ND.shape != (len(numbers), weight.shape[1]):
                 raise unfit(name, f"rows {list(numbers)[:4]} of {list(rows_ND.shape)}", list(weight.shape))
             return weight.float().index_copy(0, torch.tensor(numbers), rows_ND.float())
+        case _:
+            assert_never(change)
+
+
+def whole_of(change: Change | None) -> Tensor | None:
+    """The tensor that takes the place of the base's, before anything is added to it."""
+    match change:
+        case Whole(tensor):
+            return tensor
+        case LowRank(copied=tensor):
+            return tensor
+        case Rows() | None:
+            return None
         case _:
             assert_never(change)
 
@@ -119,7 +138,21 @@ def read_changes(folder: Path, config: Mapping[str, Any]) -> dict[str, Change]:
             changes |= {f"{module}.{kind}": Whole(tensor) for kind, tensor in own.items()}
         else:
             raise refused(folder, f"{module}: {', '.join(sorted(kinds))}")
-    return changes
+    return on_copies(changes)
+
+
+def on_copies(changes: dict[str, Change]) -> dict[str, Change]:
+    """The changes, with those of a layer whose own weight lies in the file made on that weight."""
+    end = ".base_layer.weight"
+    joined = {name: change for name, change in changes.items() if not name.endswith(end)}
+    for name, copy in changes.items():
+        target = name.removesuffix(end) + ".weight"
+        own = joined.get(target)
+        if name.endswith(end) and isinstance(copy, Whole) and isinstance(own, LowRank):
+            joined[target] = replace(own, copied=copy.tensor)
+        elif name not in joined:
+            joined[name] = copy
+    return joined
 
 
 def read_parts(file: Path) -> dict[str, dict[str, Tensor]]:

@@ -16,20 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from finetuner import __version__
 from finetuner.config.model import NF4, CausalLM, LoRA
 from finetuner.errors import ModelError, Problem
 from finetuner.export.check import TOLERANCE, agreement, difference, logits_of, probes
-from finetuner.export.huggingface import portable_config, write_generation, write_json, write_tokenizer
+from finetuner.export.huggingface import write_generation, write_tokenizer
 from finetuner.export.plan import Plan, merged_tensors, planned
 from finetuner.export.shards import Shards, size_of
 from finetuner.generate.load import base_of, model_place, stored, torch_device
 from finetuner.generate.stops import stop_ids
 from finetuner.model import internlm2
+from finetuner.model.adapter import load_adapter
 from finetuner.model.folder import find, read_json
+from finetuner.model.portable import portable_config, write_json
 from finetuner.model.quiet import quiet
 from finetuner.model.tokenizer import from_folder
 from finetuner.model.weights import load_weights, stored_dtype
@@ -173,11 +174,10 @@ def checked(plan: Plan, out: Path, dtype: torch.dtype, device: str) -> MergeRepo
 
 
 def adapted(plan: Plan, tokenizer: PreTrainedTokenizerFast, quant: NF4 | None, device: str) -> Any:
-    """The adapter on its base, in memory, by peft alone."""
+    """The adapter on its base, in memory, by peft."""
     source = CausalLM(plan.base, adapter=LoRA(), quant=quant, dtype=stored(plan.base))  # frozen, so in that dtype
     causal = load_weights(source, tokenizer, plan.vocabulary, plan.new_ids, torch_device(device))
-    with quiet():
-        return PeftModel.from_pretrained(causal, plan.checkpoint).eval()
+    return load_adapter(causal, plan.checkpoint)
 
 
 def trained_on_four_bits(checkpoint: Path) -> bool:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from finetuner.config.model import CausalLM
 from finetuner.errors import ModelError, Problem, nearest
-from finetuner.export.changes import Change, Rows, apply, read_changes
+from finetuner.export.changes import Change, Rows, apply, read_changes, whole_of
 from finetuner.generate.load import added_ids
 from finetuner.model import internlm2
 from finetuner.model.folder import model_folder, read_json, tensors
@@ -49,6 +49,9 @@ class Plan:
     @property
     def rows(self) -> int:
         """Rows of the embedding: as many as in training."""
+        own = whole_of(self.changes.get(self.embedding))
+        if own is not None:
+            return own.shape[0]
         rows: int = self.config.get_text_config().vocab_size
         return -(-self.vocabulary // MULTIPLE) * MULTIPLE if self.new_ids and self.vocabulary > rows else rows
 
@@ -82,7 +85,7 @@ def planned(checkpoint: Path, base: str, dtype: torch.dtype | None) -> Plan:
         # Of a tied matrix peft trains one copy, whichever name it goes by.
         changes = {(embedding if name == head else name): change for name, change in changes.items()}
     return Plan(checkpoint, base, folder, changes, config, embedding, head, tied and not parts, parts,
-                vocabulary_size(tokenizer), added_ids(base, tokenizer, adapter), dtype)  # fmt: skip
+                vocabulary_size(tokenizer), added_ids(base, tokenizer, checkpoint), dtype)  # fmt: skip
 
 
 def parts_ties(changes: dict[str, Change], embedding: str, head: str) -> bool:

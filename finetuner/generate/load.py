@@ -21,13 +21,15 @@ from finetuner.config.model import NF4, CausalLM, Compute, LoRA
 from finetuner.errors import CheckpointError, ModelError, Problem
 from finetuner.generate.answer import Answer, answer
 from finetuner.generate.stops import stop_ids
-from finetuner.model.folder import find, model_folder, read_json
+from finetuner.model.folder import find, model_folder, read_json, read_names
 from finetuner.model.quiet import quiet
 from finetuner.model.tokenizer import load_tokenizer, read_tokenizer, vocabulary_size
 from finetuner.model.weights import load_weights, stored_dtype
 from finetuner.runtime.commit import MANIFEST, read_manifest, verify
 from finetuner.runtime.log import say, warn
 
+IN_LAYERS = ("lora_", "token_adapter", "ia3_", "hada_", "lokr_")
+"""In the names of what peft's adapters put beside the base's own tensors."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -113,7 +115,8 @@ def load_model(
                                  remedy="leave --base out"))  # fmt: skip
     weights = str(folder) if adapter is None else base_of(folder, adapter, base)
     has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
-    source = CausalLM(weights, adapter=lora_of(folder, adapter), quant=NF4() if quant else None, template=template,
+    # An adapter in name only: weights beside one do not train, and are held in the dtype that is computed in.
+    source = CausalLM(weights, adapter=LoRA(), quant=NF4() if quant else None, template=template,
                       tokenizer=str(folder) if adapter is not None and has_tokenizer else None,
                       dtype=dtype or stored(weights))  # fmt: skip
     tokenizer = load_tokenizer(source)
@@ -122,16 +125,16 @@ def load_model(
             Problem("E-TEMPLATE-NONE", "the folder has no chat template", str(folder), fits="a bundled name or a file",
                     remedy="--template NAME, such as --template chatml")
         )  # fmt: skip
-    new_ids = added_ids(weights, tokenizer, adapter)
+    new_ids = added_ids(weights, tokenizer, folder)
     causal = load_weights(source, tokenizer, vocabulary_size(tokenizer), new_ids, torch_device(device))
     if (folder / "generation_config.json").exists():
         with quiet():
             causal.generation_config = GenerationConfig.from_pretrained(folder)
     model: nn.Module = causal
     if adapter is not None:
-        from finetuner.model.adapter import add_adapter  # peft costs seconds
+        from finetuner.model.adapter import load_adapter  # peft costs seconds
 
-        model = add_adapter(causal, source, new_ids)
+        model = load_adapter(causal, folder)
     model.eval()
     return Loaded(model, causal, tokenizer, folder, weights, adapter is not None, new_ids)
 
@@ -189,34 +192,24 @@ def base_of(folder: Path, adapter: Mapping[str, Any], base: str | None) -> str:
     return named
 
 
-def lora_of(folder: Path, adapter: Mapping[str, Any] | None) -> LoRA:
-    """The LoRA that is in `folder`. A whole model gets one in name only: weights beside an adapter do not train, and
-    are held in the dtype that is computed in, which is what answering wants."""
-    if adapter is None:
-        return LoRA()
-    kind, targets = adapter.get("peft_type"), adapter.get("target_modules")
-    if kind != "LORA" or not isinstance(targets, list):
-        raise ModelError(
-            Problem("E-CHAT-ADAPTER", "this adapter is of another kind", str(folder / "adapter_config.json"),
-                    f"peft_type {kind}, target_modules {targets!r}", "LoRA, with its targets in a list",
-                    "merge it by peft, and chat with the merged folder")
-        )  # fmt: skip
-    return LoRA(rank=adapter["r"], alpha=adapter["lora_alpha"], targets=tuple(targets), start=str(folder),
-                rslora=bool(adapter.get("use_rslora")), dora=bool(adapter.get("use_dora")),
-                modules_to_save=tuple(adapter.get("modules_to_save") or ()))  # fmt: skip
-
-
-def added_ids(weights: str, tokenizer: PreTrainedTokenizerFast, adapter: Mapping[str, Any] | None) -> tuple[int, ...]:
-    """Ids of the tokens that the adapter's training added to the base's: those whose rows trained, or those that the
-    base's tokenizer does not have."""
-    if adapter is None:
+def added_ids(weights: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> tuple[int, ...]:
+    """Ids of the tokens that the training of the adapter in `folder`, if there is one, added to the base's: those whose
+    rows trained, or, where whole matrices lie in its file, those that the base's tokenizer does not have."""
+    if not (folder / "adapter_config.json").exists():
         return ()
+    adapter = read_json(folder / "adapter_config.json")
     rows = adapter.get("trainable_token_indices") or {}
     listed = [i for numbers in rows.values() for i in numbers] if isinstance(rows, dict) else list(rows)
-    if not listed and adapter.get("modules_to_save"):
+    if not listed and holds_matrices(folder / "adapter_model.safetensors"):
         known = vocabulary_size(read_tokenizer(CausalLM(weights)))
         listed = list(range(known, vocabulary_size(tokenizer)))
     return tuple(sorted({int(number) for number in listed}))
+
+
+def holds_matrices(weights: Path) -> bool:
+    """Whether an adapter's file holds whole tensors of its base: modules that trained, or copies of the embedding."""
+    names = read_names(weights) if weights.exists() else ()
+    return any(not any(mark in name for mark in IN_LAYERS) for name in names)
 
 
 def stored(weights: str) -> Compute:

@@ -1,6 +1,7 @@
 """Low-rank adapters beside frozen weights, through peft.
 
 - A target that matches nothing is an error with a suggestion, each one; peft accepts a typo beside a right name.
+- A file's weights go into parameters that are float32 already: no bit of them is lost beside a bfloat16 base.
 - What trains is float32, whatever the base is held in; what flows through it is what autocast computes in. (peft would
   keep a float32 copy of every layer's input besides.)
 - New tokens train as single rows (`trainable_token_indices`): small, right for tied matrices, and loaded by plain peft.
@@ -8,22 +9,30 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from finetuner.config.model import CausalLM, LoRA
-from finetuner.errors import ModelError, Problem, nearest
+from finetuner.config.model import CausalLM
+from finetuner.errors import ModelError, Problem
+from finetuner.model.folder import read_json
 from finetuner.model.quiet import quiet
+from finetuner.model.soundness import describe, first_line, not_finite, some
+from finetuner.model.targets import all_linear, check_names, covered, plain_matrices, token_rows
 from finetuner.runtime.log import warn
+
+PREFIX = "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+IN_LAYERS = ("LORA", "IA3", "LOHA", "LOKR")
+"""Kinds of peft's adapters that lie wholly in the layers, so that the model around them generates as it is."""
 
 
 def add_adapter(model: PreTrainedModel, source: CausalLM, new_ids: tuple[int, ...]) -> PeftModel:
@@ -45,14 +54,14 @@ def add_adapter(model: PreTrainedModel, source: CausalLM, new_ids: tuple[int, ..
         modules_to_save=list(lora.modules_to_save) or None,
         trainable_token_indices=token_rows(model, lora, new_ids),
     )
+    left = plain_matrices(model) if lora.targets == "all-linear" else []
+    if left:
+        warn(f"all-linear gives no adapter to matrices that are no layers of their own: {some(left)}")
     with quiet():
         if lora.start is None:
-            adapted = get_peft_model(model, config)
+            adapted = injected(model, config)
         else:
             adapted = go_on(model, Path(lora.start), config, base_name(source))
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
     if source.dtype != "float32" and not lora.dora:  # DoRA's norms are taken in float32
         for module in adapted.modules():
             if isinstance(module, LoraLayer):
@@ -68,74 +77,13 @@ def base_name(source: CausalLM) -> str:
     return str(path.resolve()) if path.is_dir() else str(source.path)
 
 
-def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The model's linear layers by name, 4-bit ones too."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-
-
-def all_linear(model: PreTrainedModel) -> list[str]:
-    """Last names of the linear layers but the head: ["down_proj", ..., "v_proj"]."""
-    head = model.get_output_embeddings()
-    return sorted({name.rpartition(".")[2] for name, module in linears(model).items() if module is not head})
-
-
-def matching(model: PreTrainedModel, target: str) -> dict[str, nn.Module]:
-    """The modules that `target` names: those called so, or whose path ends so."""
-    return {name: m for name, m in model.named_modules() if name == target or name.endswith(f".{target}")}
-
-
-def check_names(model: PreTrainedModel, lora: LoRA) -> None:
-    """Refuses targets and modules_to_save that name nothing, or what cannot be adapted."""
-    targets = () if lora.targets == "all-linear" else lora.targets
-    problems = []
-    for field, names in (("targets", targets), ("modules_to_save", lora.modules_to_save)):
-        for name in names:
-            problem = problem_of(model, field, name)
-            if problem is not None:
-                problems.append(problem)
-    if problems:
-        raise ModelError(*problems)
-
-
-def problem_of(model: PreTrainedModel, field: str, name: str) -> Problem | None:
-    """What is wrong with `name` in the LoRA's `field`, if anything."""
-    where, found = f"model.adapter.{field}", matching(model, name)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not found:
-        last = sorted({full.rpartition(".")[2] for full, m in model.named_modules() if full and not full[-1].isdigit()})
-        fits = [*all_linear(model), "lm_head"] if field == "targets" else last
-        best = nearest(name, last)
-        remedy = f"did you mean {best}?" if best else "name some of these"
-        return Problem("E-LORA-TARGET", f"{name} matches no module", where, name, ", ".join(fits), remedy)
-    tied = head is not None and head.weight is embedding.weight
-    if tied and any(module is head or module is embedding for module in found.values()):
-        other = "embedding" if any(module is head for module in found.values()) else "head"
-        return Problem(
-            "E-LORA-TIED",
-            f"{name} is one matrix with the model's {other}",
-            where,
-            "tie_word_embeddings=True",
-            ", ".join(all_linear(model)),
-            "leave it out, or train the weights themselves: adapter=None",
-        )
-    if field == "targets" and not any(isinstance(m, nn.Linear | Conv1D | nn.Embedding) for m in found.values()):
-        kind = type(next(iter(found.values()))).__name__
-        return Problem("E-LORA-TARGET", f"{name} is no linear layer", where, kind, ", ".join(all_linear(model)))
-    return None
-
-
-def token_rows(model: PreTrainedModel, lora: LoRA, new_ids: tuple[int, ...]) -> dict[str, list[int]] | None:
-    """Which rows of which matrices train for the new tokens; peft ties the head's to the embedding's where they are."""
-    if not new_ids:
-        return None
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    matrices = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
-    rows = {}
-    for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        if any(module is matrix for matrix in matrices) and last not in lora.modules_to_save:
-            rows[last] = list(new_ids)
-    return rows or None
+def injected(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """`model` with new adapters that train, in float32."""
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
 
 
 def go_on(model: PreTrainedModel, folder: Path, config: LoraConfig, base: str) -> PeftModel:
@@ -143,35 +91,127 @@ def go_on(model: PreTrainedModel, folder: Path, config: LoraConfig, base: str) -
 
     Raises: ModelError where it is not the adapter that the config describes, or not wholly there.
     """
-    file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    for needed in (file, weights):
-        if not needed.exists():
-            raise ModelError(
-                Problem(
-                    "E-LORA-START",
-                    "the adapter's folder is not complete",
-                    "model.adapter.start",
-                    f"no {needed.name} in {folder}",
-                    remedy="give the folder of an adapter",
-                )
-            )
-    check_agrees(model, json.loads(file.read_text("utf-8")), config, folder, base)
-    held = load_file(weights)
-    adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
-    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    wrong = sorted(wanted.keys() ^ held.keys())
-    wrong += sorted(name for name, part in held.items() if not part.numel() or not bool(part.isfinite().all()))
+    check_files(folder, "E-LORA-START", "model.adapter.start")
+    check_agrees(model, read_json(folder / CONFIG), config, folder, base)
+    own = LoraConfig.from_pretrained(folder)
+    own.inference_mode, own.lora_dropout = False, config.lora_dropout
+    adapted = injected(model, own)
+    held = read_weights(folder / WEIGHTS, "E-LORA-START")
+    wrong = fill(adapted, held)
+    wrong += [f"{name} left over" for name in sorted(held.keys() - wanted_by(adapted).keys())]
     if wrong:
+        raise unfit("E-LORA-START", folder, wrong)
+    return adapted
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """`model` with the adapter in `folder`, whoever made it, for answering: nothing trains.
+
+    Raises: ModelError where it is of another kind, or does not fit the model wholly.
+    """
+    check_files(folder, "E-ADAPTER-FIT", str(folder))
+    values = read_json(folder / CONFIG)
+    kind = values.get("peft_type")
+    if kind not in IN_LAYERS or values.get("alora_invocation_tokens"):
+        found = f"peft_type {kind}" if kind not in IN_LAYERS else "LoRA that waits for tokens (alora_invocation_tokens)"
         raise ModelError(
             Problem(
-                "E-LORA-START",
-                "the adapter's weights are not those of its config",
-                str(weights),
-                f"missing, left over, empty or not finite: {', '.join(wrong[:4])}",
-                remedy="give an adapter that was saved whole",
+                "E-ADAPTER-FORM",
+                "this kind of adapter is not loaded here",
+                str(folder / CONFIG),
+                found,
+                ", ".join(IN_LAYERS),
+                "use it with the program that made it",
             )
         )
-    return adapted
+    held = read_weights(folder / WEIGHTS, "E-ADAPTER-FIT")
+    try:
+        with quiet():
+            config = PeftConfig.from_pretrained(folder)
+            fit_rows(model, held)
+            config.inference_mode = False  # until its parameters are float32: see `injected`
+            adapted = injected(model, config)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # what peft says of names that match nothing
+        raise unfit("E-ADAPTER-FIT", folder, [first_line(error)]) from error
+    unknown = sorted(name for name in values.keys() - config.to_dict().keys() if values[name])
+    if unknown:
+        warn(f"the adapter {folder} was made by another peft; not understood and left out: {', '.join(unknown)}")
+    with quiet():
+        wrong = fill(adapted, held)
+    if wrong:
+        raise unfit("E-ADAPTER-FIT", folder, wrong)
+    adapted.requires_grad_(False)
+    return adapted.eval()
+
+
+def check_files(folder: Path, code: str, where: str) -> None:
+    """Refuses a folder that is no adapter's."""
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).exists():
+            what, remedy = "the adapter's folder is not complete", "give the folder of an adapter"
+            raise ModelError(Problem(code, what, where, f"no {name} in {folder}", remedy=remedy))
+
+
+def read_weights(file: Path, code: str) -> dict[str, Tensor]:
+    """The tensors in an adapter's file."""
+    try:
+        held: dict[str, Tensor] = load_file(file)
+    except (SafetensorError, OSError) as error:
+        what, remedy = "the adapter's weights cannot be read", "give an adapter that was saved whole"
+        raise ModelError(Problem(code, what, str(file), str(error), remedy=remedy)) from error
+    return held
+
+
+def fit_rows(model: PreTrainedModel, held: Mapping[str, Tensor]) -> None:
+    """Gives embedding and head as many rows as the file's own copies of them have: its vocabulary had grown."""
+    matrices = [
+        part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None
+    ]
+    sizes: dict[int, int] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        module = path.removesuffix(".weight")
+        for name in (f"{PREFIX}{module}.weight", f"{PREFIX}{module}.base_layer.weight"):
+            if name in held and any(parameter is matrix for matrix in matrices):
+                sizes[id(parameter)] = len(held[name])
+    rows = set(sizes.values())
+    if len(sizes) == len({id(matrix) for matrix in matrices}) and len(rows) == 1 and rows != {len(matrices[0])}:
+        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
+
+
+def wanted_by(adapted: PeftModel) -> dict[str, Tensor]:
+    """The tensors that the adapter's file must hold, by their names in it."""
+    wanted: dict[str, Tensor] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return wanted
+
+
+def fill(adapted: PeftModel, held: Mapping[str, Tensor]) -> list[str]:
+    """Copies the tensors of a file into the adapter; what is wrong with them, in words.
+
+    Copies of the base's embedding, which peft adds to some files, go into the base.
+    """
+    wanted = wanted_by(adapted)
+    wrong = [f"{name} is missing" for name in sorted(wanted.keys() - held.keys())]
+    wrong += [
+        describe((name, held[name].shape, wanted[name].shape))
+        for name in sorted(wanted.keys() & held.keys())
+        if held[name].shape != wanted[name].shape
+    ]
+    wrong += [f"{name} is no finite number throughout" for name in not_finite(held.items())]
+    if wrong:
+        return wrong
+    try:
+        result = set_peft_model_state_dict(adapted, dict(held))
+    except RuntimeError as error:  # a copy of the embedding, of another shape
+        return [first_line(error)]
+    return [f"{name} matches nothing" for name in sorted(result.unexpected_keys)]
+
+
+def unfit(code: str, folder: Path, wrong: list[str]) -> ModelError:
+    what, remedy = (
+        "the adapter's weights do not fit",
+        "give the base that it was trained on, and an adapter saved whole",
+    )
+    return ModelError(Problem(code, what, str(folder), some(wrong), "each tensor of its config, and no other", remedy))
 
 
 def check_agrees(model: PreTrainedModel, held: dict[str, Any], config: LoraConfig, folder: Path, base: str) -> None:
@@ -192,11 +232,6 @@ def check_agrees(model: PreTrainedModel, held: dict[str, Any], config: LoraConfi
         raise ModelError(*problems)
     if held.get("base_model_name_or_path") != base:
         warn(f"the adapter {folder} names {held.get('base_model_name_or_path')} as its base, the config names {base}")
-
-
-def covered(model: PreTrainedModel, targets: Any) -> set[str]:
-    """Names of all modules that `targets` match."""
-    return {name for target in targets for name in matching(model, target)}
 
 
 def differs(field: str, found: Any, fits: Any, folder: Path) -> Problem:

@@ -14,13 +14,15 @@ from finetuner.config.model import CausalLM, Fresh
 from finetuner.model import attention
 from finetuner.model.causal_lm import CausalLearner
 from finetuner.model.family import check_family
-from finetuner.model.folder import model_folder
+from finetuner.model.folder import model_folder, read_config
 from finetuner.model.freeze import freeze
 from finetuner.model.fresh import fresh_config
 from finetuner.model.quiet import quiet
+from finetuner.model.sketch import check_parts
 from finetuner.model.soundness import check_length
 from finetuner.model.tokenizer import add_tokens, need_template, read_tokenizer, vocabulary_size
-from finetuner.model.weights import compute, load_weights, read_hf_config, stored_dtype
+from finetuner.model.vocabulary import check_rows
+from finetuner.model.weights import compute, load_weights, needs_code, read_hf_config, stored_dtype
 
 
 class Built(NamedTuple):
@@ -33,11 +35,8 @@ def build(model: CausalLM, device: torch.device, *, dialogues: bool) -> Built:
 
     Raises: ModelError for all that would make the training another one than the config says.
     """
-    check(model, 1)
     attention.register()
-    tokenizer = read_tokenizer(model)
-    if dialogues:
-        need_template(tokenizer)
+    tokenizer = checked_tokenizer(model, 1, dialogues=dialogues)
     new_ids = add_tokens(tokenizer, model.new_tokens)
     causal = load_weights(model, tokenizer, vocabulary_size(tokenizer), new_ids, device)
     if isinstance(model.path, Fresh) or model.tokenizer is not None:
@@ -67,16 +66,26 @@ def build(model: CausalLM, device: torch.device, *, dialogues: bool) -> Built:
     return Built(learner, tokenizer)
 
 
-def check(model: CausalLM, length: int) -> None:
-    """Finds, without reading a weight, what would stop `build`, or make rows of `length` tokens too long.
+def checked_tokenizer(model: CausalLM, length: int, *, dialogues: bool) -> PreTrainedTokenizerFast:
+    """The tokenizer before new tokens, once the model is known to be sound as far as that shows without a weight.
 
-    Raises: ModelError.
+    Raises: ModelError for what would stop `build`, and for rows of `length` tokens that are too long for the model.
     """
     attention.check_choice(model.attention)
     if isinstance(model.path, Fresh):
         check_length(fresh_config(model.path, {}), length)
-        return
-    check_length(read_hf_config(model_folder(model), model), length)
+    else:
+        folder = model_folder(model)
+        config = read_hf_config(folder, model)
+        check_length(config, length)
+        if not needs_code(read_config(folder)):
+            check_parts(model, config)
+    tokenizer = read_tokenizer(model)
+    if dialogues:
+        need_template(tokenizer)
+    if not isinstance(model.path, Fresh):
+        check_rows(vocabulary_size(tokenizer), config.get_text_config().vocab_size)
+    return tokenizer
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:

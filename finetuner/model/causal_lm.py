@@ -49,7 +49,8 @@ class CausalLearner(nn.Module):
         try:
             self.causal.set_attn_implementation(attends)
         except (ValueError, ImportError) as error:
-            raise ModelError(Problem("E-ATTENTION-UNFIT", first_line(error), "model.attention", attends)) from error
+            what, remedy = first_line(error), 'model.attention="eager"'
+            raise ModelError(Problem("E-ATTENTION-UNFIT", what, "model.attention", attends, remedy=remedy)) from error
         self.has_plain_head = self.prove()
         if not self.trainable():
             raise ModelError(

@@ -19,7 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 
 from finetuner.config.model import CausalLM, Fresh
-from finetuner.errors import ModelError, Problem
+from finetuner.config.node import short
+from finetuner.errors import ModelError, Problem, nearest
 
 Content = Literal["model", "tokenizer"]
 TEXTS = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -67,9 +68,9 @@ def find(name: str, content: Content, *, revision: str | None = None, code: bool
             Problem(
                 "E-MODEL-PATH",
                 f"no such {content} folder",
-                found=name,
+                found=f"{name} is a file" if path.exists() else name,
                 fits="a folder, or a hub name such as org/name",
-                remedy="mend the path",
+                remedy=beside(path) or "mend the path",
             )
         )
     patterns = [*PATTERNS[content], *(("*.py",) if code else ())]
@@ -89,8 +90,16 @@ def download(name: str, content: Content, revision: str | None, patterns: list[s
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else str(error).strip().splitlines()[0]
         found = f"{name}: not in the local cache, and not to be had from the hub ({reason})"
-        remedy = f"hf download {name}, where there is a network; or give the folder's path"
+        remedy = beside(Path(name)) or f"hf download {name}, where there is a network; or give the folder's path"
         raise ModelError(Problem("E-MODEL-HUB", f"the {content} was not found", found=found, remedy=remedy)) from error
+
+
+def beside(path: Path) -> str:
+    """The folder that was most likely meant by a path that is not there, as a question; or nothing."""
+    parent = path.parent
+    folders = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    best = nearest(path.name, folders)
+    return f"did you mean the folder {parent / best}?" if best else ""
 
 
 def is_complete(folder: Path, content: Content) -> bool:
@@ -119,7 +128,8 @@ def read_json(file: Path) -> dict[str, Any]:
             )
         ) from error
     if not isinstance(value, dict):
-        raise ModelError(Problem("E-MODEL-JSON", f"{file.name} is not an object", str(file), type(value).__name__))
+        what, remedy = f"{file.name} is not an object", "fetch it again"
+        raise ModelError(Problem("E-MODEL-JSON", what, str(file), type(value).__name__, "{...}", remedy))
     return value
 
 
@@ -143,7 +153,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     config = read_json(folder / "config.json")
     if "model_type" not in config:
-        raise ModelError(Problem("E-MODEL-CONFIG", "config.json does not say its model_type", str(folder)))
+        what, remedy = "config.json does not say its model_type", "fetch the model's config.json again"
+        raise ModelError(Problem("E-MODEL-CONFIG", what, str(folder), ", ".join(config)[:120], remedy=remedy))
     quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else "?"
@@ -168,7 +179,8 @@ def shards(folder: Path) -> tuple[str, ...]:
     if (folder / INDEX).exists():
         index = read_json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
-            raise ModelError(Problem("E-MODEL-JSON", f"{INDEX} holds no weight_map", str(folder)))
+            what, remedy = f"{INDEX} holds no weight_map", "fetch it again"
+            raise ModelError(Problem("E-MODEL-JSON", what, str(folder), short(index), "{name: file}", remedy))
         names = tuple(sorted(set(index.values())))
         missing = [name for name in names if "/" in name or not (folder / name).exists()]
         if missing:

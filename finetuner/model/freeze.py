@@ -21,7 +21,7 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
             best = nearest(pattern, names)
             remedy = f"did you mean {best!r}?" if best else f"names look like {names[0]!r}"
             problems.append(
-                Problem("E-FREEZE-PATTERN", f"freeze {pattern!r} matches no parameter", "model.freeze", remedy=remedy)
+                Problem("E-FREEZE-PATTERN", "freeze matches no parameter", "model.freeze", pattern, remedy=remedy)
             )
     if problems:
         raise ModelError(*problems)

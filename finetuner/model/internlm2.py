@@ -104,7 +104,8 @@ def unpacked(packed: Tensor, config: PreTrainedConfig) -> tuple[Tensor, Tensor, 
     size, queries = config.hidden_size // heads, heads // groups
     if packed.shape[0] != groups * (queries + 2) * size:
         what, fits = "the packed attention weight does not fit the config", f"{groups * (queries + 2) * size} rows"
-        raise ModelError(Problem("E-MODEL-SHAPE", what, "attention.wqkv", str(tuple(packed.shape)), fits))
+        found, remedy = str(tuple(packed.shape)), "fetch the model again"
+        raise ModelError(Problem("E-MODEL-SHAPE", what, "attention.wqkv", found, fits, remedy))
     rest = packed.shape[1:]
     parts = packed.view(groups, queries + 2, size, *rest)
     q, k, v = parts[:, :queries], parts[:, queries], parts[:, queries + 1]

@@ -1,13 +1,12 @@
 """A learner -> a folder that plain transformers, or plain peft, loads.
 
 - Float32 masters are cast to the dtype of the model that training began with; ties stay ties.
+- Config and tokenizer are written for older readers too: see `portable.py`.
 - The token that ends an answer travels in generation_config.json, so that others stop where training stopped.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from finetuner.errors import ModelError, Problem
+from finetuner.model.folder import read_json
+from finetuner.model.portable import all_ends, portable_config, write_json, write_tokenizer
 from finetuner.model.quiet import quiet
 from finetuner.model.soundness import not_finite, some
 from finetuner.model.tokenizer import stop_ids
-
-ORIGINALS = ("tokenizer.model", "vocab.json", "merges.txt")
-"""Files that other programs convert a tokenizer from; transformers itself no longer writes them."""
 
 
 def whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
@@ -47,10 +45,8 @@ def whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
             model.save_pretrained(folder, state_dict=state)
     finally:
         model.generation_config = kept
-    config = folder / "config.json"
-    values = json.loads(config.read_text("utf-8"))
-    values["dtype"] = str(dtype).removeprefix("torch.")  # transformers notes the masters' float32
-    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
+    # transformers notes the masters' float32
+    write_json(folder / "config.json", portable_config(read_json(folder / "config.json"), dtype))
 
 
 def adapter(model: Any, folder: Path) -> None:
@@ -70,23 +66,16 @@ def adapter(model: Any, folder: Path) -> None:
 def generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """generation_config.json as the base has it, with every id that ends an answer."""
     values = GenerationConfig(**(model.generation_config.to_dict() if model.generation_config else {}))
-    before = values.eos_token_id
-    known = [] if before is None else [before] if isinstance(before, int) else list(before)
-    ends = list(dict.fromkeys([*stop_ids(tokenizer), *known]))
-    values.eos_token_id = ends[0] if len(ends) == 1 else ends
+    values.eos_token_id = all_ends(stop_ids(tokenizer), values.eos_token_id)
     # Not save_pretrained: it refuses the contradictions that many models' own files hold. Nor may the file say that it
     # came of config.json: transformers would then make it again from there, and lose the ends.
     written = {name: value for name, value in values.to_diff_dict().items() if name != "_from_model_config"}
-    (folder / "generation_config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", "utf-8")
+    write_json(folder / "generation_config.json", written)
 
 
 def tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """The tokenizer with its template, and the original's files beside."""
-    tokenizer.save_pretrained(folder)
-    for name in ORIGINALS:
-        original = Path(tokenizer.name_or_path) / name
-        if original.is_file() and not (folder / name).exists():
-            shutil.copyfile(original, folder / name)
+    """The tokenizer with its template."""
+    write_tokenizer(tokenizer, [Path(tokenizer.name_or_path)], folder)
 
 
 def readable(folder: Path) -> None:

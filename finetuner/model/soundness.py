@@ -86,6 +86,7 @@ def check_frequencies(model: nn.Module) -> None:
                     name,
                     f"{frequencies.dtype}",
                     "torch.float32",
+                    "load the model with another version of transformers",
                 )
             )
 

@@ -23,17 +23,7 @@ def fit_vocabulary(model: PreTrainedModel, vocabulary: int, new_ids: tuple[int, 
     embedding = model.get_input_embeddings()
     rows = embedding.weight.shape[0]
     known = min(new_ids, default=vocabulary)
-    if known > rows:
-        raise ModelError(
-            Problem(
-                "E-VOCABULARY",
-                "the tokenizer has tokens for which the model has no row",
-                "model.tokenizer",
-                f"{known} ids; the embedding has {rows} rows",
-                f"ids below {rows}",
-                "give the model's own tokenizer; declare tokens that were added in new_tokens",
-            )
-        )
+    check_rows(known, rows)
     if not new_ids:
         return
     matrices = [embedding]
@@ -48,6 +38,21 @@ def fit_vocabulary(model: PreTrainedModel, vocabulary: int, new_ids: tuple[int, 
     fresh = sorted({*new_ids, *range(max(rows, known), matrices[0].weight.shape[0])})
     for matrix in matrices:
         start_from_mean(matrix, known, fresh)
+
+
+def check_rows(known: int, rows: int) -> None:
+    """Refuses a tokenizer with `known` ids, beside those that were added, for an embedding of `rows` rows."""
+    if known > rows:
+        raise ModelError(
+            Problem(
+                "E-VOCABULARY",
+                "the tokenizer has tokens for which the model has no row",
+                "model.tokenizer",
+                f"{known} ids; the embedding has {rows} rows",
+                f"ids below {rows}",
+                "give the model's own tokenizer; declare tokens that were added in new_tokens",
+            )
+        )
 
 
 @torch.no_grad()

@@ -85,7 +85,8 @@ def read_model(folder: Path, model: CausalLM, device: torch.device) -> tuple[Pre
             folder, config=config, trust_remote_code=needs_code(read_config(folder)), **options
         )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
-        problem = Problem("E-MODEL-LOAD", "the model cannot be loaded", str(folder), first_line(error))
+        remedy = "see that its files belong together, or fetch it again; --debug shows where it failed"
+        problem = Problem("E-MODEL-LOAD", "the model cannot be loaded", str(folder), first_line(error), remedy=remedy)
         raise ModelError(problem) from error
     return loaded, info
 
@@ -127,7 +128,8 @@ def read_hf_config(folder: Path, model: CausalLM) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=not known)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         what, where = "config.json does not fit its model_type", str(folder / "config.json")
-        raise ModelError(Problem("E-MODEL-CONFIG", what, where, first_line(error))) from error
+        remedy = "fetch the model's config.json again"
+        raise ModelError(Problem("E-MODEL-CONFIG", what, where, first_line(error), remedy=remedy)) from error
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and known:
         raise ModelError(
             Problem(
@@ -135,6 +137,8 @@ def read_hf_config(folder: Path, model: CausalLM) -> PreTrainedConfig:
                 "the model is no causal language model",
                 str(folder / "config.json"),
                 f"model_type {values['model_type']!r}",
+                "a model that continues texts, such as llama or qwen3",
+                "give such a model",
             )
         )
     return config

@@ -8,9 +8,15 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed import DistError, DistNetworkError, Store
+from torch.distributed.rendezvous import rendezvous
 
-from finetuner.errors import ConfigError, Problem
+from finetuner.errors import ConfigError, Problem, UsageError
+from finetuner.runtime.log import say
 from finetuner.runtime.ranks import local_rank, rank, world
+
+JOIN = datetime.timedelta(seconds=60)
+"""How long the processes of a run wait for one another at the start."""
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -42,9 +48,47 @@ def start(device: torch.device) -> None:
         return
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
+    if rank() >= world():
+        what, found = "this rank is not one of the run's", f"RANK={rank()}, WORLD_SIZE={world()}"
+        raise UsageError(Problem("E-RANKS", what, "the environment", found, f"RANK below {world()}", REMEDY))
     # Figures and flags are summed on the CPU, gradients where they lie.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank(), world_size=world(), timeout=datetime.timedelta(minutes=30))
+    meeting = dist.PrefixStore("finetuner", meet())
+    dist.init_process_group(
+        backend, store=meeting, rank=rank(), world_size=world(), timeout=datetime.timedelta(minutes=30)
+    )
+
+
+REMEDY = "unset RANK and WORLD_SIZE for one process, or start all of them by --nproc or torchrun"
+
+
+def meet() -> Store:
+    """The store through which all processes of the run found one another.
+
+    Raises:
+        UsageError: E-PORT, the port is taken; E-RANKS, not all of them came in time.
+    """
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    say(f"{world()} processes meet at {place}, within {JOIN.seconds} s")
+    try:
+        store: Store
+        store, _, _ = next(rendezvous("env://", rank(), world(), timeout=JOIN))
+        store.set("here/" + str(rank()), "")
+        store.wait([f"here/{number}" for number in range(world())], JOIN)
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise _alone(place) from error
+        what, remedy = "the port at which the processes meet is taken", "give another: MASTER_PORT=29501"
+        raise UsageError(Problem("E-PORT", what, place, "another program listens there", "a free port", remedy)) from error
+    except (DistError, ValueError) as error:
+        raise _alone(place) from error
+    return store
+
+
+def _alone(place: str) -> UsageError:
+    what, found = "not all processes of the run came", f"RANK={rank()}, WORLD_SIZE={world()}"
+    fits = f"{world()} processes within {JOIN.seconds} s"
+    return UsageError(Problem("E-RANKS", what, place, found, fits, REMEDY))
 
 
 def end() -> None:

@@ -125,10 +125,20 @@ def unreadable(path: Path, error: OSError) -> DataError:
                 "a loop of symbolic links",
                 remedy="name the file itself",
             )
+        case errno.ENOENT if path.is_symlink():
+            target = os.readlink(path)
+            remedy = f"mend the link, or name another file than {path}"
+            return _refusal("E-DATA-MISSING", "a link leads to nothing", path, target, "a file", remedy)
         case errno.ENOENT:
             return _missing(str(path))
         case _:
-            return _refusal("E-DATA-READ", "a file of data cannot be read", path, error.strerror or str(error))
+            return _refusal(
+                "E-DATA-READ",
+                "a file of data cannot be read",
+                path,
+                error.strerror or str(error),
+                remedy="see that it can be read: head " + str(path),
+            )
 
 
 def _named(name: str, suffixes: tuple[str, ...]) -> list[Path]:
@@ -145,7 +155,8 @@ def _named(name: str, suffixes: tuple[str, ...]) -> list[Path]:
     if stat.S_ISREG(mode):
         return [path]
     if not stat.S_ISDIR(mode):
-        raise _refusal("E-DATA-KIND", "a path of data is no file", path, "a device, pipe or socket", "a file or folder")
+        what, remedy = "a path of data is no file", "write the rows to a file first"
+        raise _refusal("E-DATA-KIND", what, path, "a device, pipe or socket", "a file or folder", remedy)
     return _within(path, suffixes)
 
 
@@ -179,7 +190,7 @@ def _missing(name: str) -> DataError:
         parent = parent.parent
     wanted = Path(name).relative_to(parent).parts[0]
     try:
-        names = sorted(os.listdir(parent))
+        names = sorted(name for name in os.listdir(parent) if not name.startswith("."))
     except OSError:
         names = []
     best = nearest(wanted, names)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 
+from finetuner.errors import Problem, UsageError
+
 
 def rank() -> int:
     """This process's number among all, from 0."""
@@ -31,7 +33,16 @@ def is_main() -> bool:
 def _number(name: str, slurm: str, default: int = 0) -> int:
     """The launcher's number; SLURM's counts only inside a job step that `srun` started."""
     if name in os.environ:
-        return int(os.environ[name])
+        return _counted(name)
     if "SLURM_STEP_ID" in os.environ and "SLURM_NTASKS" in os.environ and os.environ["SLURM_NTASKS"] != "1":
-        return int(os.environ.get(slurm, default))
+        return _counted(slurm) if slurm in os.environ else default
     return default
+
+
+def _counted(name: str) -> int:
+    """The whole number that the environment holds under `name`."""
+    text = os.environ[name]
+    if not text.strip().isdecimal():
+        what, remedy = "the environment does not say which rank this is", f"unset {name}, or start by --nproc or torchrun"
+        raise UsageError(Problem("E-RANKS", what, f"the variable {name}", repr(text), "a whole number", remedy))
+    return int(text)

@@ -43,15 +43,38 @@ FREE = (
 
 def run_id(folder: Path) -> str | None:
     """The id of the run that lives in `folder`, if one does."""
-    file = folder / "run.json"
-    return str(json.loads(file.read_text(encoding="utf-8"))["id"]) if file.exists() else None
+    return str(recorded(folder, "run.json", "id")["id"]) if holds_run(folder) else None
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run was begun in `folder`."""
+    return (folder / "run.json").exists()
+
+
+def recorded(folder: Path, name: str, *needed: str) -> dict[str, Any]:
+    """What a file of the run's record holds.
+
+    Raises:
+        CheckpointError: E-RUN-RECORD, it is not there, or not as it was written.
+    """
+    try:
+        values = json.loads((folder / name).read_text(encoding="utf-8"))
+        found = "" if isinstance(values, dict) else f"a {type(values).__name__}"
+        found = found or ", ".join(f"no {key!r}" for key in needed if key not in values)
+    except (OSError, ValueError) as error:
+        found = str(error)
+    if found:
+        what, remedy = "the record of the run is damaged", "--resume never starts anew and keeps this folder beside"
+        where = str(folder / name)
+        raise CheckpointError(Problem("E-RUN-RECORD", what, where, found, "the file as it was written", remedy))
+    return dict(values)
 
 
 def begin(folder: Path, loaded: Loaded, data: str, *, world: int) -> str:
     """Writes the record of a run that begins or goes on in `folder`; gives its id."""
     identity = run_id(folder) or secrets.token_hex(8)
     file = folder / "run.json"
-    starts = json.loads(file.read_text(encoding="utf-8"))["starts"] if file.exists() else []
+    starts = recorded(folder, "run.json", "starts")["starts"] if file.exists() else []
     start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world": world, "command": mask_text(" ".join(sys.argv))}
     record = {"id": identity, "data": data, "versions": versions(), "seed": loaded.run.seed, "starts": [*starts, start]}
     replace(folder / "config.py.txt", mask_source(loaded.source))
@@ -82,7 +105,7 @@ def check_same(folder: Path, loaded: Loaded, data: str) -> None:
                 remedy,
             )
         )
-    if json.loads((folder / "run.json").read_text(encoding="utf-8"))["data"] != data:
+    if recorded(folder, "run.json", "data")["data"] != data:
         raise CheckpointError(
             Problem(
                 "E-RESUME-DATA",
@@ -96,8 +119,7 @@ def check_same(folder: Path, loaded: Loaded, data: str) -> None:
 
 def changes(folder: Path, loaded: Loaded) -> list[str]:
     """What in the config differs from the last start in `folder`, key by key."""
-    before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return differences(before, to_json(loaded.run))
+    return differences(recorded(folder, "config.json"), to_json(loaded.run))
 
 
 def versions() -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from finetuner.errors import CheckpointError, Problem
 from finetuner.runtime.commit import read_manifest, verify
 from finetuner.runtime.log import say, warn
 from finetuner.train.milestones import Standing, standing_of
-from finetuner.train.record import run_id
+from finetuner.train.record import holds_run, run_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +30,7 @@ def find(folder: Path, resume: str) -> Resume | None:
         CheckpointError: the named checkpoint is not complete, or the folder holds checkpoints and none is complete.
     """
     if resume != "auto":
-        path = Path(resume)
-        broken = verify(path)
-        if broken:
-            raise CheckpointError(
-                Problem(
-                    "E-CHECKPOINT-TORN",
-                    "the checkpoint to go on from is not complete",
-                    str(path),
-                    broken,
-                    "a complete checkpoint folder",
-                    "--resume auto takes the newest complete one",
-                )
-            )
-        return _at(path)
+        return named(Path(resume), folder)
     identity = run_id(folder)
     if identity is None:
         return None
@@ -64,9 +51,32 @@ def find(folder: Path, resume: str) -> Resume | None:
     return _at(path_or_none) if path_or_none else None
 
 
+def named(path: Path, folder: Path) -> Resume:
+    """The checkpoint at `path`, which is one of the run in `folder`.
+
+    Raises:
+        CheckpointError: it is not complete, or another run's, whose data and config it would not go on with.
+    """
+    broken = verify(path) if path.exists() else "nothing"
+    if broken:
+        inside = checkpoint.complete(path)
+        remedy = f"--resume {inside[0]}" if inside else "--resume auto takes the newest complete one"
+        what, fits = "the checkpoint to go on from is not complete", "a complete checkpoint folder"
+        raise CheckpointError(Problem("E-CHECKPOINT-TORN", what, str(path), broken, fits, remedy))
+    owner, identity = read_manifest(path)["meta"].get("run"), run_id(folder)
+    if owner != identity:
+        what = "the checkpoint to go on from is not one of this folder's run"
+        home, fits = path.resolve().parent, f"a checkpoint of run {identity}" if identity else "the folder of its run"
+        remedy = f"--folder {home}" if holds_run(home) else "train from its weights: give it as CausalLM's path"
+        raise CheckpointError(
+            Problem("E-CHECKPOINT-FOREIGN", what, str(path), f"run {owner}; the folder is {folder}", fits, remedy)
+        )
+    return _at(path)
+
+
 def set_aside(folder: Path) -> None:
     """Moves a folder that holds a run to the first free NAME.1, NAME.2, ... so that a new one can begin."""
-    if run_id(folder) is None:
+    if not holds_run(folder):
         return
     number = 1
     while (old := folder.with_name(f"{folder.name}.{number}")).exists():

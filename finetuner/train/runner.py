@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +27,11 @@ from finetuner.data.report import write_report
 from finetuner.data.samples import Samples, prepare
 from finetuner.data.steps import Plan, accumulation
 from finetuner.engine.build import build_engine
+from finetuner.engine.checkpoint import check_place
 from finetuner.engine.engine import Engine
-from finetuner.model.build import build, check
-from finetuner.model.tokenizer import encoder_spec, load_tokenizer
+from finetuner.errors import ConfigError, Problem, UsageError
+from finetuner.model.build import build, checked_tokenizer
+from finetuner.model.tokenizer import add_tokens, encoder_spec
 from finetuner.runtime import dist
 from finetuner.runtime.commit import sweep
 from finetuner.runtime.lock import lock
@@ -52,11 +55,17 @@ def train(loaded: Loaded, *, folder: str | None = None, resume: str = "auto") ->
     device = dist.choose_device(loaded.run.engine.device)
     accumulation(loaded.run.batch, world())
     dist.start(device)
+    check_same_config(loaded)
+    if home.exists() and not home.is_dir():
+        what, remedy = "the run's folder is a file", "give another folder: --folder DIR"
+        raise UsageError(Problem("E-FOLDER-FILE", what, str(home), "a file", "a folder, or nothing", remedy))
     with only_run_in(home):
         if is_main():
             if resume == "never":
                 set_aside(home)
             sweep(home)
+            check_place(home, "last")
+            check_place(home, "best")
         dist.barrier()
         found = find(home, resume) if resume != "never" else None
         if found and found.standing.finished and not record.changes(home, loaded):
@@ -69,11 +78,23 @@ def train(loaded: Loaded, *, folder: str | None = None, resume: str = "auto") ->
             drop(handler)
 
 
+def check_same_config(loaded: Loaded) -> None:
+    """Refuses ranks that were started with different configs.
+
+    Raises:
+        ConfigError: E-RANKS-CONFIG.
+    """
+    if not dist.same_everywhere(json.dumps(to_json(loaded.run), sort_keys=True)):
+        what, remedy = "the ranks have different configs", "start each with the same file and the same overrides"
+        raise ConfigError(Problem("E-RANKS-CONFIG", what, str(loaded.path), f"rank {rank()}'s differs", remedy=remedy))
+
+
 def perform(loaded: Loaded, home: Path, found: Resume | None, device: torch.device) -> int:
     """The run's stages, from the data to the last step."""
     run = loaded.run
-    check(run.model, run.data.length)
-    samples, held = data_of(loaded)
+    tokenizer = checked_tokenizer(run.model, run.data.length, dialogues=has_dialogues(run.data))
+    add_tokens(tokenizer, run.model.new_tokens)
+    samples, held = data_of(loaded, tokenizer)
     packs = pack_samples(samples, seed=run.seed)
     plan = Plan(packs, run.batch.total, run.until, run.seed)
     identity = identity_of(samples)
@@ -145,10 +166,9 @@ def validation(engine: Engine, held: Samples, seed: int) -> Callable[[], float]:
     return lambda: validation_loss(engine.learner, validation_batches(held, packs, rank(), world()))
 
 
-def data_of(loaded: Loaded) -> tuple[Samples, Samples | None]:
+def data_of(loaded: Loaded, tokenizer: Any) -> tuple[Samples, Samples | None]:
     """What is learned from, and what is held out for validation."""
     run = loaded.run
-    tokenizer = load_tokenizer(run.model)
     spec = encoder_spec(tokenizer)
     progress = told_progress if is_main() else None
     samples = prepare(run.data, spec, cache=cache_folder(), seed=run.seed, progress=progress)

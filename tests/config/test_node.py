@@ -55,7 +55,7 @@ WRONG = [
     (lambda: BatchSize(8, accumulation=2), "E-CONFIG-UNKNOWN", "'accumulation'", "accumulation=2", "write total"),
     (lambda: Epochs(0), "E-CONFIG-VALUE", "Epochs.count", "0", "change count"),
     (lambda: Steps("3"), "E-CONFIG-VALUE", "Steps.count", "'3'", "write 3 without quotes"),
-    (lambda: Cosine(warmup=2), "E-CONFIG-VALUE", "Cosine.warmup", "2", "change warmup"),
+    (lambda: Cosine(warmup=2), "E-CONFIG-VALUE", "Cosine.warmup", "2", "write Steps(2)"),
     (lambda: Dialogues(3), "E-CONFIG-VALUE", "Dialogues.source", "3", "change source"),
     (lambda: Dialogues(Json("a"), rows="alpaca"), "E-CONFIG-VALUE", "Dialogues.rows", "'alpaca'", "import alpaca"),
     (lambda: Dialogues(Json("a"), length=1), "E-CONFIG-VALUE", "Dialogues.length", "1", "change length"),

@@ -21,13 +21,14 @@ import pytest
 
 from finetuner.config.data import Dialogues, Documents, Json, Mix, Skip
 from finetuner.data import cache as cache_module
+from finetuner.data import pool as pool_module
 from finetuner.data import samples as samples_module
 from finetuner.data import worker as worker_module
 from finetuner.data.batch import IGNORED
 from finetuner.data.report import Tally, write_report
 from finetuner.data.samples import Samples, prepare
 from finetuner.dialogue.rows import text
-from finetuner.errors import DataError
+from finetuner.errors import DataError, Problem
 
 SPEC: Any = fake.FakeSpec()
 
@@ -72,7 +73,7 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, monkeypatch:
     digests = {}
     for workers, chunk in ((1, 512), (1, 7), (2, 7), (3, 5)):
         monkeypatch.setattr(cache_module, "CHUNK", chunk)
-        monkeypatch.setattr(cache_module, "FEW", 2)
+        monkeypatch.setattr(pool_module, "FEW", 2)
         seen: list[int] = []
         folder = tmp_path / f"cache{workers}{chunk}"
         prepare(data, SPEC, cache=folder, workers=workers, progress=lambda rows, _: seen.append(rows))  # noqa: B023
@@ -86,9 +87,9 @@ def test_workers_that_answer_out_of_order_would_be_seen(tmp_path: Path, monkeypa
     """Mutant of the law above."""
     data = Dialogues(write(tmp_path / "a.jsonl", made(90)), rows=fake.ask, length=100)
     prepare(data, SPEC, cache=tmp_path / "right")
-    parts = cache_module._parts
+    parts = cache_module.parts_of
     monkeypatch.setattr(cache_module, "CHUNK", 7)
-    monkeypatch.setattr(cache_module, "_parts", lambda *args: reversed(list(parts(*args))))
+    monkeypatch.setattr(cache_module, "parts_of", lambda *args: reversed(list(parts(*args))))
     prepare(data, SPEC, cache=tmp_path / "wrong")
     assert digest(tmp_path / "right") != digest(tmp_path / "wrong")
 
@@ -379,17 +380,36 @@ def test_a_file_that_changes_while_it_is_read_is_told(tmp_path: Path) -> None:
         prepare(data, SPEC, cache=tmp_path / "cache", progress=lambda *_: write(tmp_path / "a.jsonl", made(21)))
 
 
-def test_a_dead_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["at the start", "at a row", "killed"])
+def test_a_dead_worker_is_told_at_once(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large the chunks are that lie in its pipe."""
+    monkeypatch.setattr(cache_module, "CHUNK", 50)
+    rows = [{"q": "x" * 5000, "a": "y"}] * 1000
+    data = Dialogues(write(tmp_path / "a.jsonl", rows), rows=fake.ask, length=10_000)
+    with pytest.raises(DataError, match="E-DATA-WORKER") as caught:
+        prepare(data, Deadly(template=kind), cache=tmp_path / "cache", workers=2)
+    assert caught.value.problems[0].found == ("exit code -9" if kind == "killed" else "exit code 1")
+
+
+def test_what_a_worker_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "CHUNK", 2)
-    monkeypatch.setattr(cache_module, "FEW", 2)
     data = Dialogues(write(tmp_path / "a.jsonl", made(20)), rows=fake.ask)
-    with pytest.raises(DataError, match="E-DATA-WORKER"):
-        prepare(data, _Deadly(), cache=tmp_path / "cache", workers=2)
+    with pytest.raises(DataError, match="E-SAID"):
+        prepare(data, Deadly(template="says why"), cache=tmp_path / "cache", workers=2)
 
 
-class _Deadly(fake.FakeSpec):
+class Deadly(fake.FakeSpec):
+    """Ends its worker in the way that its template says."""
+
     def build(self) -> Any:
-        os._exit(1)
+        match self.template:
+            case "at the start":
+                os._exit(1)
+            case "says why":
+                raise DataError(Problem("E-SAID", "so it is"))
+        encoder = super().build()
+        encoder.encode = lambda items: os.kill(os.getpid(), 9) if self.template == "killed" else os._exit(1)
+        return encoder
 
 
 # Parts of samples

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuner.config.model import CausalLM, LoRA
-from finetuner.export.huggingface import portable_config
 from finetuner.export.merge import merge
 from finetuner.generate.load import load_for_chat
 from finetuner.model.build import build
+from finetuner.model.portable import portable_config
 
 IDS = [5, 20, 30, 7, 99, 6, 41, 300]
 WHO = [{"role": "user", "content": "who?"}]

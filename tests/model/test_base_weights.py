@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from finetuner.config.model import NF4, CausalLM, Fresh, LoRA
 from finetuner.errors import ModelError
 from finetuner.model import soundness, weights
-from finetuner.model.build import build, check
+from finetuner.model.build import build, checked_tokenizer
 
 
 @pytest.fixture
@@ -143,12 +143,12 @@ def test_the_checks_are_what_finds_it(llama, monkeypatch):
 
 def test_check_finds_what_it_can_without_reading_a_weight(llama, monkeypatch):
     monkeypatch.setattr(weights, "load_weights", None)
-    check(CausalLM(str(llama)), 512)
+    checked_tokenizer(CausalLM(str(llama)), 512, dialogues=False)
     with pytest.raises(ModelError, match="E-LENGTH"):
-        check(CausalLM(str(llama)), 513)
+        checked_tokenizer(CausalLM(str(llama)), 513, dialogues=False)
     missing_shard(llama)
     with pytest.raises(ModelError, match="E-MODEL-SHARD"):
-        check(CausalLM(str(llama)), 64)
+        checked_tokenizer(CausalLM(str(llama)), 64, dialogues=False)
 
 
 def test_a_path_or_a_hub_name_that_is_not_there_is_told():

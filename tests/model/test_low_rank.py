@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from finetuner.config.model import NF4, LoRA
 from finetuner.errors import ModelError
-from finetuner.model import adapter
+from finetuner.model import adapter, targets
 
 ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
@@ -49,7 +49,7 @@ def test_every_misspelt_target_is_told_with_the_right_name(llama):
 
 
 def test_the_mutant_that_leaves_the_check_to_peft_trains_half(llama, monkeypatch):
-    monkeypatch.setattr(adapter, "check_names", lambda model, lora: None)
+    monkeypatch.setattr(targets, "problem_of", lambda model, field, name: None)
     assert adapted(learner_of(llama, adapter=LoRA(rank=2, targets=("q_proj", "v_porj")))) == ["q_proj"]
 
 
