@@ -15,7 +15,6 @@ import random
 import resource
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -29,20 +28,28 @@ TEMPLATE = (
 )
 
 
+def prose() -> list[str]:
+    """Sentences of the language reference that Python carries: English as people write it."""
+    from pydoc_data.topics import topics
+
+    text = " ".join(" ".join(topics[name].split()) for name in sorted(topics))
+    return [sentence.strip() + "." for sentence in text.split(". ") if 20 < len(sentence) < 300 and "{" not in sentence]
+
+
 def make_rows(path: Path, count: int, lines: list[str]) -> None:
-    """Conversations of one to four turns, about 1.2 kB each, of lines of the standard library."""
+    """Conversations of one to four turns, about 1.2 kB each, of sentences of prose."""
     draw = random.Random(0)
     with path.open("w") as file:
         for _ in range(count):
             messages = []
             for _ in range(draw.randint(1, 4)):
-                messages.append({"role": "user", "content": " ".join(draw.choices(lines, k=draw.randint(1, 6)))})
-                messages.append({"role": "assistant", "content": "\n".join(draw.choices(lines, k=draw.randint(2, 12)))})
+                messages.append({"role": "user", "content": " ".join(draw.choices(lines, k=draw.randint(1, 3)))})
+                messages.append({"role": "assistant", "content": " ".join(draw.choices(lines, k=draw.randint(1, 5)))})
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
 def make_tokenizer(folder: Path, lines: list[str]) -> None:
-    """A byte-level BPE of 16,384 tokens, trained on the standard library."""
+    """A byte-level BPE of 16,384 tokens, trained on the same prose."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     built = Tokenizer(models.BPE())
@@ -148,9 +155,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-        texts = [line.strip() for file in files for line in file.read_text(errors="ignore").splitlines()]
-        lines = [line for line in texts if line and "{{" not in line]
+        lines = prose()
         make_tokenizer(folder / "tokenizer", lines)
         few, many = folder / "few.jsonl", folder / "many.jsonl"
         make_rows(few, options.rows // 4, lines)

@@ -112,7 +112,7 @@ def tiny_model(folder: Path, kind: str) -> Path:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = AutoConfig.for_model("llama" if kind == "internlm2" else kind, **TINY, **ids, vocab_size=len(tokenizer))
+    config = AutoConfig.for_model("llama" if kind == "internlm2" else kind, **TINY, **ids, vocab_size=512)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
@@ -213,3 +213,16 @@ def test_a_tiny_model_of_the_architecture_takes_two_steps(
     if run.model.adapter:
         adapter = json.loads((tmp_path / "run" / "last" / "adapter_config.json").read_text(encoding="utf-8"))
         assert (adapter["r"], adapter["lora_alpha"]) == (run.model.adapter.rank, run.model.adapter.alpha)
+
+
+def test_two_steps_of_a_config_whose_adapters_fit_no_layer_are_refused(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetuner.errors import FinetunerError
+    from finetuner.train.runner import train
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    loaded = load("qwen3_4b_lora_chats", ["model.adapter.targets=('c_attn',)"])
+    run = small(loaded.run, tiny("Qwen/Qwen3-4B"), tmp_path)
+    with pytest.raises(FinetunerError, match="c_attn"):
+        train(Loaded(run, loaded.path, loaded.source, loaded.name))

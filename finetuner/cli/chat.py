@@ -43,7 +43,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Talks; gives the exit code."""
     if args.ask and not all(text.strip() for text in args.ask):
-        raise UsageError(Problem("E-USAGE", "--ask needs a text", "--ask", fits="a text", remedy='--ask "Who are you?"'))
+        raise UsageError(
+            Problem("E-USAGE", "--ask needs a text", "--ask", fits="a text", remedy='--ask "Who are you?"')
+        )
     from finetuner.generate.load import load_for_chat
 
     answerer = load_for_chat(args.model, base=args.base, quant=args.quant, template=args.template, device=args.device,

@@ -11,7 +11,7 @@ def at_least_one(text: str) -> int:
 
     Raises: argparse.ArgumentTypeError.
     """
-    return int(number(text, "a whole number from 1 on", lambda value: value >= 1 and value == int(value)))
+    return int(number(text, "a whole number from 1 to 1e9", lambda value: 1 <= value <= 1e9 and value == int(value)))
 
 
 def not_negative(text: str) -> float:

@@ -28,6 +28,7 @@ from finetuner.config.data import Dialogues, Documents
 from finetuner.data.source import files_of
 from finetuner.dialogue.encode import EncoderSpec
 from finetuner.errors import DataError, Problem
+from finetuner.runtime.files import unreadable
 
 OWN = ("data/worker.py", "data/source.py", "data/cache.py", "runtime/files.py", "runtime/json_rows.py",
        "runtime/json_value.py", "runtime/json_window.py", "runtime/table_rows.py")  # fmt: skip
@@ -65,8 +66,13 @@ def fingerprint(data: Dialogues | Documents, spec: EncoderSpec) -> Fingerprint:
         DataError: a file is not there or cannot be read.
     """
     paths = files_of(data.source)
-    states = [(path, _state(path)) for path in paths]
-    files = [{"name": str(path), "size": path.stat().st_size, "sha256": _sha256(path)} for path in paths]
+    states, files = [], []
+    for path in paths:
+        try:
+            states.append((path, _state(path)))
+            files.append({"name": str(path), "size": path.stat().st_size, "sha256": _sha256(path)})
+        except OSError as error:
+            raise unreadable(path, error) from None
     digest = hashlib.sha256(finetuner.__version__.encode())
     package = Path(finetuner.__file__).parent
     for name in OWN:

@@ -21,13 +21,11 @@ from pathlib import Path
 from typing import Any, TypeAlias, assert_never
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from finetuner.errors import ModelError, Problem
+from finetuner.model.adapter_file import PREFIX, WEIGHTS, read_weights
 
-PREFIX = "base_model.model."
 ENDS = re.compile(r"\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?|lora_embedding_[AB]|"
                   r"token_adapter\.trainable_tokens_delta|weight|bias)$")  # fmt: skip
 PLAIN: Mapping[str, tuple[Any, ...]] = {
@@ -118,7 +116,7 @@ def read_changes(folder: Path, config: Mapping[str, Any]) -> dict[str, Change]:
     Raises: ModelError where the adapter is empty, not finite, or of a form that is not understood.
     """
     check_form(folder, config)
-    parts = read_parts(folder / "adapter_model.safetensors")
+    parts = read_parts(folder / WEIGHTS)
     changes: dict[str, Change] = {}
     for module, own in parts.items():
         kinds = set(own)
@@ -157,12 +155,7 @@ def on_copies(changes: dict[str, Change]) -> dict[str, Change]:
 
 def read_parts(file: Path) -> dict[str, dict[str, Tensor]]:
     """The adapter's tensors by module and kind: {"lm_head": {"lora_A.weight": ...}}."""
-    try:
-        held = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(Problem("E-ADAPTER-FILE", "the adapter's weights cannot be read", str(file), str(error),
-                                 fits="adapter_model.safetensors as peft writes it",
-                                 remedy="give another checkpoint; a pickle (.bin) is not read")) from error  # fmt: skip
+    held = read_weights(file, "E-ADAPTER-FILE")
     if not held:
         raise ModelError(Problem("E-ADAPTER-EMPTY", "the adapter holds no tensors", str(file), "0 tensors",
                                  remedy="give a checkpoint that was saved whole"))  # fmt: skip

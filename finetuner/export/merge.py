@@ -103,6 +103,9 @@ def merge(
 def check_out(out: Path) -> None:
     """Refuses a place that holds something other than an earlier merge."""
     sweep(out.parent)
+    if out.exists() and not out.is_dir():
+        raise ModelError(Problem("E-OUT-EXISTS", "there is something at the place to write to", str(out), "a file",
+                                 "a new or empty folder", "give another OUT"))  # fmt: skip
     if out.is_dir() and any(out.iterdir()) and (verify(out, contents=False) or not (out / "MERGE.json").exists()):
         raise ModelError(Problem("E-OUT-EXISTS", "there is something at the place to write to", str(out),
                                  ", ".join(sorted(file.name for file in out.iterdir())[:6]), "a new or empty folder",

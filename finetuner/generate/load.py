@@ -21,15 +21,14 @@ from finetuner.config.model import NF4, CausalLM, Compute, LoRA
 from finetuner.errors import CheckpointError, ModelError, Problem
 from finetuner.generate.answer import Answer, answer
 from finetuner.generate.stops import stop_ids
-from finetuner.model.folder import find, model_folder, read_json, read_names
+from finetuner.model.adapter_file import CONFIG, WEIGHTS, holds_matrices
+from finetuner.model.folder import find, model_folder, read_json
 from finetuner.model.quiet import quiet
 from finetuner.model.tokenizer import load_tokenizer, read_tokenizer, vocabulary_size
 from finetuner.model.weights import load_weights, stored_dtype
 from finetuner.runtime.commit import MANIFEST, read_manifest, verify
 from finetuner.runtime.log import say, warn
 
-IN_LAYERS = ("lora_", "token_adapter", "ia3_", "hada_", "lokr_")
-"""In the names of what peft's adapters put beside the base's own tensors."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -109,7 +108,7 @@ def load_model(
     Raises: ModelError, CheckpointError.
     """
     folder = model_place(path)
-    adapter = read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").exists() else None
+    adapter = read_json(folder / CONFIG) if (folder / CONFIG).exists() else None
     if adapter is None and base is not None:
         raise ModelError(Problem("E-CHAT-BASE", "a whole model has no base", str(folder), f"--base {base}",
                                  remedy="leave --base out"))  # fmt: skip
@@ -144,7 +143,7 @@ def model_place(path: str) -> Path:
     given = Path(path).expanduser()
     if not given.is_dir():
         return find(path, "model")
-    holds = [name for name in ("adapter_config.json", "config.json") if (given / name).exists()]
+    holds = [name for name in (CONFIG, "config.json") if (given / name).exists()]
     if not any(given.glob("*.safetensors")) and any(given.glob("checkpoint-*")):
         return last_checkpoint(given)
     if not holds:
@@ -195,21 +194,15 @@ def base_of(folder: Path, adapter: Mapping[str, Any], base: str | None) -> str:
 def added_ids(weights: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> tuple[int, ...]:
     """Ids of the tokens that the training of the adapter in `folder`, if there is one, added to the base's: those whose
     rows trained, or, where whole matrices lie in its file, those that the base's tokenizer does not have."""
-    if not (folder / "adapter_config.json").exists():
+    if not (folder / CONFIG).exists():
         return ()
-    adapter = read_json(folder / "adapter_config.json")
+    adapter = read_json(folder / CONFIG)
     rows = adapter.get("trainable_token_indices") or {}
     listed = [i for numbers in rows.values() for i in numbers] if isinstance(rows, dict) else list(rows)
-    if not listed and holds_matrices(folder / "adapter_model.safetensors"):
+    if not listed and holds_matrices(folder / WEIGHTS):
         known = vocabulary_size(read_tokenizer(CausalLM(weights)))
         listed = list(range(known, vocabulary_size(tokenizer)))
     return tuple(sorted({int(number) for number in listed}))
-
-
-def holds_matrices(weights: Path) -> bool:
-    """Whether an adapter's file holds whole tensors of its base: modules that trained, or copies of the embedding."""
-    names = read_names(weights) if weights.exists() else ()
-    return any(not any(mark in name for mark in IN_LAYERS) for name in names)
 
 
 def stored(weights: str) -> Compute:

@@ -16,21 +16,18 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from finetuner.config.model import CausalLM
 from finetuner.errors import ModelError, Problem
+from finetuner.model.adapter_file import CONFIG, PREFIX, WEIGHTS, read_weights
 from finetuner.model.folder import read_json
 from finetuner.model.quiet import quiet
 from finetuner.model.soundness import describe, first_line, not_finite, some
 from finetuner.model.targets import all_linear, check_names, covered, plain_matrices, token_rows
 from finetuner.runtime.log import warn
 
-PREFIX = "base_model.model."
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 IN_LAYERS = ("LORA", "IA3", "LOHA", "LOKR")
 """Kinds of peft's adapters that lie wholly in the layers, so that the model around them generates as it is."""
 
@@ -150,16 +147,6 @@ def check_files(folder: Path, code: str, where: str) -> None:
         if not (folder / name).exists():
             what, remedy = "the adapter's folder is not complete", "give the folder of an adapter"
             raise ModelError(Problem(code, what, where, f"no {name} in {folder}", remedy=remedy))
-
-
-def read_weights(file: Path, code: str) -> dict[str, Tensor]:
-    """The tensors in an adapter's file."""
-    try:
-        held: dict[str, Tensor] = load_file(file)
-    except (SafetensorError, OSError) as error:
-        what, remedy = "the adapter's weights cannot be read", "give an adapter that was saved whole"
-        raise ModelError(Problem(code, what, str(file), str(error), remedy=remedy)) from error
-    return held
 
 
 def fit_rows(model: PreTrainedModel, held: Mapping[str, Tensor]) -> None:

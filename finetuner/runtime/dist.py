@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import datetime
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed import DistError, DistNetworkError, Store
+from torch.distributed import DistError, DistNetworkError
 from torch.distributed.rendezvous import rendezvous
 
 from finetuner.errors import ConfigError, Problem, UsageError
@@ -53,16 +53,15 @@ def start(device: torch.device) -> None:
         raise UsageError(Problem("E-RANKS", what, "the environment", found, f"RANK below {world()}", REMEDY))
     # Figures and flags are summed on the CPU, gradients where they lie.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    meeting = dist.PrefixStore("finetuner", meet())
     dist.init_process_group(
-        backend, store=meeting, rank=rank(), world_size=world(), timeout=datetime.timedelta(minutes=30)
+        backend, store=meet(), rank=rank(), world_size=world(), timeout=datetime.timedelta(minutes=30)
     )
 
 
 REMEDY = "unset RANK and WORLD_SIZE for one process, or start all of them by --nproc or torchrun"
 
 
-def meet() -> Store:
+def meet() -> Any:
     """The store through which all processes of the run found one another.
 
     Raises:
@@ -71,15 +70,16 @@ def meet() -> Store:
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     say(f"{world()} processes meet at {place}, within {JOIN.seconds} s")
     try:
-        store: Store
         store, _, _ = next(rendezvous("env://", rank(), world(), timeout=JOIN))
-        store.set("here/" + str(rank()), "")
+        store.set(f"here/{rank()}", "")
         store.wait([f"here/{number}" for number in range(world())], JOIN)
     except DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise _alone(place) from error
         what, remedy = "the port at which the processes meet is taken", "give another: MASTER_PORT=29501"
-        raise UsageError(Problem("E-PORT", what, place, "another program listens there", "a free port", remedy)) from error
+        raise UsageError(
+            Problem("E-PORT", what, place, "another program listens there", "a free port", remedy)
+        ) from error
     except (DistError, ValueError) as error:
         raise _alone(place) from error
     return store

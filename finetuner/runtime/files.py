@@ -144,6 +144,8 @@ def unreadable(path: Path, error: OSError) -> DataError:
 def _named(name: str, suffixes: tuple[str, ...]) -> list[Path]:
     """The files of one path, glob or folder."""
     path = Path(name).expanduser()
+    if "\0" in name:
+        raise _refusal("E-DATA-MISSING", "a path holds the character NUL", path, "\\x00", "a path", "write it anew")
     try:
         mode = os.stat(path).st_mode
     except OSError as error:

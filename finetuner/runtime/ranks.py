@@ -43,6 +43,9 @@ def _counted(name: str) -> int:
     """The whole number that the environment holds under `name`."""
     text = os.environ[name]
     if not text.strip().isdecimal():
-        what, remedy = "the environment does not say which rank this is", f"unset {name}, or start by --nproc or torchrun"
+        what, remedy = (
+            "the environment does not say which rank this is",
+            f"unset {name}, or start by --nproc or torchrun",
+        )
         raise UsageError(Problem("E-RANKS", what, f"the variable {name}", repr(text), "a whole number", remedy))
     return int(text)

@@ -56,9 +56,8 @@ def train(loaded: Loaded, *, folder: str | None = None, resume: str = "auto") ->
     accumulation(loaded.run.batch, world())
     dist.start(device)
     check_same_config(loaded)
-    if home.exists() and not home.is_dir():
-        what, remedy = "the run's folder is a file", "give another folder: --folder DIR"
-        raise UsageError(Problem("E-FOLDER-FILE", what, str(home), "a file", "a folder, or nothing", remedy))
+    trackers.check(loaded.run)
+    check_home(home)
     with only_run_in(home):
         if is_main():
             if resume == "never":
@@ -76,6 +75,20 @@ def train(loaded: Loaded, *, folder: str | None = None, resume: str = "auto") ->
             return perform(loaded, home, found, device)
         finally:
             drop(handler)
+
+
+def check_home(home: Path) -> None:
+    """Refuses a place that cannot be a run's folder.
+
+    Raises:
+        UsageError: E-FOLDER-FILE.
+    """
+    if home.exists() and not home.is_dir():
+        what, remedy = "the run's folder is a file", "give another folder: --folder DIR"
+        raise UsageError(Problem("E-FOLDER-FILE", what, str(home), "a file", "a folder, or nothing", remedy))
+    if not home.resolve().name:
+        what, remedy = "the run's folder is the root of the file system", "give a folder: --folder DIR"
+        raise UsageError(Problem("E-FOLDER-FILE", what, str(home), "/", "a folder in it", remedy))
 
 
 def check_same_config(loaded: Loaded) -> None:
@@ -206,4 +219,5 @@ def cache_folder() -> Path:
 
 def only_run_in(home: Path) -> contextlib.AbstractContextManager[None]:
     """Holds the lock of a run's folder, on the main rank; a second run in it is refused."""
-    return lock(home.parent / f".{home.name}.lock", wait=False) if is_main() else contextlib.nullcontext()
+    place = home.resolve()  # one lock, by whatever name or link the folder is given
+    return lock(place.parent / f".{place.name}.lock", wait=False) if is_main() else contextlib.nullcontext()

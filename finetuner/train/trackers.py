@@ -13,6 +13,16 @@ from finetuner.errors import ConfigError, Problem
 Name = Literal["tensorboard", "wandb", "swanlab", "trackio"]
 
 
+def check(run: Run) -> None:
+    """Finds a tracker that is not installed.
+
+    Raises:
+        ConfigError: E-EXTRA.
+    """
+    for name in run.log.to:
+        _module(name, "board" if name == "tensorboard" else "trackers")
+
+
 def start(run: Run, folder: Path, config: Mapping[str, Any]) -> tuple[Callable[[int, Mapping[str, float]], None], ...]:
     """A function for each tracker of `run.log.to`: (step, figures) -> None.
 

@@ -12,21 +12,20 @@ from finetuner.errors import ModelError
 from finetuner.export.merge import merge
 from finetuner.generate.load import load_model
 
-IDS = torch.tensor([[5, 20, 382, 7, 99, 383, 41, 300]])
+IDS = torch.tensor([[5, 20, 382, 7, 99, 384, 41, 300]])
 CASES = {
     "copied by peft": (False, LoraConfig(r=2, target_modules=["q_proj"])),
     "copied by peft, tied": (True, LoraConfig(r=2, target_modules=["q_proj"])),
     "saved": (False, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])),
     "adapted": (False, LoraConfig(r=2, target_modules=["q_proj", "embed_tokens", "lm_head"])),
-    "embedding adapted": (False, LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])),
 }
 
 
 def grown(base: Path, folder: Path, config: LoraConfig) -> torch.Tensor:
-    """Writes an adapter as peft's guides do it, two tokens richer than its base; gives its logits."""
+    """Writes an adapter as peft's guides do it, three tokens richer than its base; gives its logits."""
     config.task_type = "CAUSAL_LM"
     tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_tokens(["<|yes|>", "<|no|>"], special_tokens=True)
+    tokenizer.add_tokens(["<|yes|>", "<|no|>", "<|so|>"], special_tokens=True)
     model = AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(2)
     model.resize_token_embeddings(len(tokenizer))
@@ -54,7 +53,17 @@ def test_a_grown_vocabulary_comes_along(case: str, tmp_path: Path) -> None:
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=IDS).logits[0]
     assert found.shape == wanted.shape
     assert float((found - wanted).abs().max()) <= 1e-5
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 384
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 385
+
+
+def test_a_head_whose_new_rows_are_in_no_file_is_told(tmp_path: Path) -> None:
+    base = rig.tiny_llama(tmp_path / "base")
+    grown(base, tmp_path / "adapter", LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]))
+    with pytest.raises(ModelError, match="E-ADAPTER-FIT"):
+        load_model(str(tmp_path / "adapter"), device="cpu", chats=True)
+    with pytest.raises(ModelError, match=r"E-ADAPTER-FIT|E-MERGE-SHAPE"):
+        merge(str(tmp_path / "adapter"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_that_no_file_holds_are_never_made_up(tmp_path: Path) -> None:

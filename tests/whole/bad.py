@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -112,8 +111,6 @@ def wrong_with(case: Case, code: int, err: str, *, exit_code: int) -> list[str]:
         faults.append("no place or no remedy")
     if len(err.splitlines()) >= MOST_LINES:
         faults.append(f"{len(err.splitlines())} lines")
-    if record := os.environ.get("BAD_INPUT_TABLE"):
-        with open(record, "a") as f: f.write(f"=== {case.name}\n{err}\n")
     return faults + [f"does not say {word!r}" for word in case.words if word not in err]
 
 

@@ -32,25 +32,40 @@ def usage(name: str, *args: str, code: str = "E-USAGE", words: tuple[str, ...] =
 CONFIGS = [
     Case("1 no such file", nothing, "E-CONFIG-PATH", ("absent.py", "finetuner list"), ("train", "absent.py")),
     Case("1 nearly a file", nothing, "E-CONFIG-PATH", ("did you mean config.py?",), ("train", "confg.py")),
-    Case("2 a folder", lambda f: (f / "runs").mkdir(), "E-CONFIG-PATH", ("a folder", "runs/NAME.py"), ("train", "runs")),
+    Case(
+        "2 a folder", lambda f: (f / "runs").mkdir(), "E-CONFIG-PATH", ("a folder", "runs/NAME.py"), ("train", "runs")
+    ),
     Case("2 another kind of file", nothing, "E-CONFIG-PATH", ("rows.jsonl", "Python file"), ("train", "rows.jsonl")),
     Case("3 empty", write(config_py=""), "E-CONFIG-NONE", ("config.py", "an empty file", "config = Run(")),
     Case("3 comments only", write(config_py="# a run\n"), "E-CONFIG-NONE", ("config.py",)),
     Case("3 not UTF-8", write(config_py=b"# \xe9\n"), "E-CONFIG-READ", ("config.py", "UTF-8")),
     Case("4 syntax", edit("optim=", "optim=*="), "E-CONFIG-SYNTAX", ("config.py:8", "optim=*=", "^")),
-    Case("5 package", edit("config =", "import deepsped\nconfig ="), "E-CONFIG-IMPORT",
-         ("config.py:5", "deepsped", "pip install")),
+    Case(
+        "5 package",
+        edit("config =", "import deepsped\nconfig ="),
+        "E-CONFIG-IMPORT",
+        ("config.py:5", "deepsped", "pip install"),
+    ),
     Case("5 name", edit("import *", "import Rum"), "E-CONFIG-IMPORT", ("config.py:3", "did you mean 'Run'?")),
-    Case("6 cycle", both(edit("config =", "from .other import x\nconfig ="),
-                         write(other_py="from .config import config\nx = 1\n")),
-         "E-CONFIG-CYCLE", ("config.py -> other.py -> config.py", "third file")),
-    Case("7 base config", edit("config =", "from .bass import x\nconfig ="), "E-CONFIG-SIBLING", ("config.py:5", "bass")),
+    Case(
+        "6 cycle",
+        both(edit("config =", "from .other import x\nconfig ="), write(other_py="from .config import config\nx = 1\n")),
+        "E-CONFIG-CYCLE",
+        ("config.py -> other.py -> config.py", "third file"),
+    ),
+    Case(
+        "7 base config", edit("config =", "from .bass import x\nconfig ="), "E-CONFIG-SIBLING", ("config.py:5", "bass")
+    ),
     Case("8 raises", edit("config =", "1 / 0\nconfig ="), "E-CONFIG-RAISED", ("ZeroDivisionError", "config.py:5")),
     Case("8 a name that is not there", edit("AdamW(", "Adamw("), "E-CONFIG-RAISED", ("config.py:8", "AdamW")),
     Case("8 exits", edit("config =", "raise SystemExit(0)\nconfig ="), "E-CONFIG-EXIT", ("config.py:5", "remove")),
     Case("8 no end", edit("config =", "while True: pass\nconfig ="), "E-CONFIG-TIME", ("config.py:5", "0.3 s")),
-    Case("10 unknown key", edit(LR, "lr=1e-2, weight_decai=0.1"), "E-CONFIG-UNKNOWN",
-         ("config.py:8", "did you mean 'weight_decay'?")),
+    Case(
+        "10 unknown key",
+        edit(LR, "lr=1e-2, weight_decai=0.1"),
+        "E-CONFIG-UNKNOWN",
+        ("config.py:8", "did you mean 'weight_decay'?"),
+    ),
     Case("10 unknown key of a Run", edit("folder=", "foldr="), "E-CONFIG-UNKNOWN", ("config.py:5", "folder")),
     Case("11 wrong section", edit(LR, "lr=1e-2, rank=8"), "E-CONFIG-UNKNOWN", ("config.py:8", "LoRA")),
     value("13 a text for a number", LR, 'lr="2e-4"', "AdamW.lr", "'2e-4'", "2e-4"),
@@ -72,8 +87,12 @@ CONFIGS = [
     value("15 steps 0", "Steps(1)", "Steps(0)", "Steps.count"),
     value("15 steps 1.5", "Steps(1)", "Steps(1.5)", "Steps.count", "1.5"),
     value("15 a bare number", "until=Steps(1)", "until=3", "Run.until", "write Steps(3) or Epochs(3)"),
-    Case("15 both", edit("until=Steps(1)", "until=Steps(1), until=Epochs(1)"), "E-CONFIG-SYNTAX",
-         ("config.py:10", "repeated")),
+    Case(
+        "15 both",
+        edit("until=Steps(1)", "until=Steps(1), until=Epochs(1)"),
+        "E-CONFIG-SYNTAX",
+        ("config.py:10", "repeated"),
+    ),
     Case("15 neither", edit("until=Steps(1),", ""), "E-CONFIG-MISSING", ("config.py:5", "until")),
     value("16 batch 0", "total=4", "total=0", "BatchSize.total"),
     value("16 batch -1", "total=4", "total=-1", "BatchSize.total", "-1"),
@@ -83,8 +102,12 @@ CONFIGS = [
     Case("17 a batch that does not divide", edit("total=4", "total=5"), "E-BATCH-DIVIDE", ("batch.total=4",)),
     value("22 length 1", "length=96", "length=1", "Dialogues.length", "8"),
     value("22 pack a text", "pack=True", 'pack="yes"', "Dialogues.pack", "'yes'"),
-    Case("23 4-bit without an adapter", edit(MODEL, MODEL[:-1] + ", quant=NF4())"), "E-QUANT-FULL",
-         ("config.py:6", "adapter=LoRA()")),
+    Case(
+        "23 4-bit without an adapter",
+        edit(MODEL, MODEL[:-1] + ", quant=NF4())"),
+        "E-QUANT-FULL",
+        ("config.py:6", "adapter=LoRA()"),
+    ),
     value("24 a dtype that is not there", 'dtype="float32"', 'dtype="fp16"', "CausalLM.dtype", "bfloat16"),
     value("24 an engine as a text", 'folder="out"', 'engine="deepspeed"', "Run.engine", "Torch"),
     value("25 rank 0", MODEL, adapter("rank=0"), "LoRA.rank"),
@@ -103,7 +126,9 @@ CONFIGS = [
     Case("config is no Run", edit("config = Run(", "config = dict("), "E-CONFIG-RUN", ("config.py", "Run(")),
     Case("no config", edit("config = Run(", "confg = Run("), "E-CONFIG-NONE", ("did you mean config = confg?",)),
     Case("Eval of nothing", edit('folder="out"', "eval=Eval()"), "E-EVAL", ("config.py", "fraction")),
-    Case("two at once", edit(LR, "lr=-1, clipp=1"), "E-CONFIG-UNKNOWN", ("AdamW.lr does not fit", "did you mean 'clip'?")),
+    Case(
+        "two at once", edit(LR, "lr=-1, clipp=1"), "E-CONFIG-UNKNOWN", ("AdamW.lr does not fit", "did you mean 'clip'?")
+    ),
 ]
 OVERRIDES = [
     usage("unknown field", "optim.leraning_rate=1", code="E-OVERRIDE-PATH", words=("optim.leraning_rate",)),
@@ -129,6 +154,7 @@ LINES = [
     usage("chat asks nothing", "chat", "model", "--ask", " ", words=("--ask",)),
     usage("chat draws too wildly", "chat", "model", "--temperature", "nan", words=("from 0 to 10",)),
     usage("copy of nothing", "copy", "no_such_ready_config", code="E-COPY-NAME", words=("finetuner list",)),
+    usage("rows beyond all", "preview", "config.py", "--rows", "1e99", words=("--rows",)),
     usage("rows below 0", "preview", "config.py", "--rows", "-3", words=("--rows",)),
 ]
 

@@ -76,38 +76,84 @@ RESUME = [
     Case("87 a file", nothing, "E-CHECKPOINT-TORN", ("text.txt",), of("text.txt")),
     Case("87 torn", torn, "E-CHECKPOINT-TORN", ("adapter_model.safetensors has",), of(LAST)),
     Case("87 a bit flipped", flip, "E-CHECKPOINT-TORN", ("adapter_model.safetensors", "sha256"), of(LAST)),
-    Case("87 a newer format", at(LAST + "/MANIFEST.json", lambda t: t.replace('"format": 1', '"format": 9')),
-         "E-CHECKPOINT-TORN", ("format 9", "this version reads 1"), of(LAST)),
-    Case("87 all torn", both(torn, lambda f: (f / "out/checkpoint-1/MANIFEST.json").unlink()), "E-CHECKPOINT-NONE",
-         ("checkpoint-2", "checkpoint-1", "--resume never"), MORE),
-    Case("87 another length", edit("length=96", "length=90"), "E-RESUME-CONFIG", ("out", "data.length: 96 -> 90", "never"),
-         MORE),
+    Case(
+        "87 a newer format",
+        at(LAST + "/MANIFEST.json", lambda t: t.replace('"format": 1', '"format": 9')),
+        "E-CHECKPOINT-TORN",
+        ("format 9", "this version reads 1"),
+        of(LAST),
+    ),
+    Case(
+        "87 all torn",
+        both(torn, lambda f: (f / "out/checkpoint-1/MANIFEST.json").unlink()),
+        "E-CHECKPOINT-NONE",
+        ("checkpoint-2", "checkpoint-1", "--resume never"),
+        MORE,
+    ),
+    Case(
+        "87 another length",
+        edit("length=96", "length=90"),
+        "E-RESUME-CONFIG",
+        ("out", "data.length: 96 -> 90", "never"),
+        MORE,
+    ),
     Case("87 another seed", edit('folder="out"', 'seed=7, folder="out"'), "E-RESUME-CONFIG", ("seed: 0 -> 7",), MORE),
     Case("87 another rank", edit("rank=4", "rank=2"), "E-RESUME-CONFIG", ("model.adapter.rank: 4 -> 2",), MORE),
     Case("87 another batch", edit("total=4", "total=2"), "E-RESUME-CONFIG", ("batch.total: 4 -> 2",), MORE),
-    Case("87 full after LoRA", edit("adapter=LoRA(rank=4, alpha=8)", "adapter=None"), "E-RESUME-CONFIG",
-         ("model.adapter",), MORE),
-    Case("87 other rows", lambda f: (f / "rows.jsonl").write_text("".join(sorted((f / "rows.jsonl").open())[1:])),
-         "E-RESUME-DATA", ("out", "--resume never"), MORE),
-    Case("87 a run of another config as --resume", other_run, "E-CHECKPOINT-FOREIGN", (LAST, "--folder"),
-         ("train", "config.py", "until=Steps(4)", "folder=second", "--resume", LAST)),
-    Case("87 a new folder from another run's checkpoint", nothing, "E-CHECKPOINT-FOREIGN", (LAST, "--folder"),
-         ("train", "config.py", "until=Steps(4)", "folder=second", "--resume", LAST)),
-    Case("run.json cut", at("out/run.json", lambda t: t[:20]), "E-RUN-RECORD", ("out/run.json", "--resume never"), MORE),
+    Case(
+        "87 full after LoRA",
+        edit("adapter=LoRA(rank=4, alpha=8)", "adapter=None"),
+        "E-RESUME-CONFIG",
+        ("model.adapter",),
+        MORE,
+    ),
+    Case(
+        "87 other rows",
+        lambda f: (f / "rows.jsonl").write_text("".join(sorted((f / "rows.jsonl").open())[1:])),
+        "E-RESUME-DATA",
+        ("out", "--resume never"),
+        MORE,
+    ),
+    Case(
+        "87 a run of another config as --resume",
+        other_run,
+        "E-CHECKPOINT-FOREIGN",
+        (LAST, "--folder"),
+        ("train", "config.py", "until=Steps(4)", "folder=second", "--resume", LAST),
+    ),
+    Case(
+        "87 a new folder from another run's checkpoint",
+        nothing,
+        "E-CHECKPOINT-FOREIGN",
+        (LAST, "--folder"),
+        ("train", "config.py", "until=Steps(4)", "folder=second", "--resume", LAST),
+    ),
+    Case(
+        "run.json cut", at("out/run.json", lambda t: t[:20]), "E-RUN-RECORD", ("out/run.json", "--resume never"), MORE
+    ),
     Case("config.json cut", at("out/config.json", lambda t: t[:20]), "E-RUN-RECORD", ("out/config.json",), MORE),
     Case("config.json gone", gone("out/config.json"), "E-RUN-RECORD", ("out/config.json",), MORE),
     Case("run.json a list", at("out/run.json", lambda t: "[]"), "E-RUN-RECORD", ("out/run.json",), MORE),
-    Case("a folder in the way of the links", both(lambda f: (f / "out/last").unlink(), lambda f: (f / "out/last").mkdir()),
-         "E-CHECKPOINT-LINK", ("out/last", "move"), MORE),
+    Case(
+        "a folder in the way of the links",
+        both(lambda f: (f / "out/last").unlink(), lambda f: (f / "out/last").mkdir()),
+        "E-CHECKPOINT-LINK",
+        ("out/last", "move"),
+        MORE,
+    ),
 ]
 GOES_ON = [
     Case("87 the newest is torn", torn, args=MORE),
     Case("87 one that is being written", lambda f: (f / "out/.tmp_checkpoint-4_1").mkdir(), args=MORE),
     Case("87 finished", nothing),
-    Case("87 finished, of another format", at(LAST + "/MANIFEST.json", lambda t: t.replace('"format": 1', '"format": 9'))),
+    Case(
+        "87 finished, of another format", at(LAST + "/MANIFEST.json", lambda t: t.replace('"format": 1', '"format": 9'))
+    ),
     Case("87 named", nothing, args=of("out/checkpoint-1")),
-    Case("a folder of something else", both(gone("out"), lambda f: (f / "out").mkdir(),
-         lambda f: (f / "out/notes.txt").write_text("mine"))),
+    Case(
+        "a folder of something else",
+        both(gone("out"), lambda f: (f / "out").mkdir(), lambda f: (f / "out/notes.txt").write_text("mine")),
+    ),
     Case("an empty metrics file", lambda f: (f / "out/metrics.jsonl").write_text(""), args=MORE),
     Case("a cut metrics file", at("out/metrics.jsonl", lambda t: t[:-9]), args=MORE),
 ]
@@ -167,6 +213,14 @@ def test_what_is_whole_is_gone_on_from(case, here, capsys):
     code, err = bad.run(case.command, capsys)
     bad.check(case, code, err)
     assert (here / "out" / ("checkpoint-4" if case.args else "checkpoint-2")).exists()
+
+
+@pytest.mark.parametrize("out", ["text.txt", "model", "."])
+def test_a_merge_never_goes_over_what_is_there(out, here, capsys):
+    before = (here / "text.txt").read_text()
+    code, err = bad.run(["merge", LAST, out], capsys)
+    bad.check(Case(out, nothing, "E-OUT-EXISTS", ("another OUT",)), code, err, exit_code=4)
+    assert (here / "text.txt").read_text() == before
 
 
 @pytest.mark.parametrize("verb", ["chat", "merge"])
