@@ -38,9 +38,9 @@ config = Run(
     optim=AdamW(lr=3e-3),
     schedule=Cosine(),
     batch=BatchSize(total=4, per_device=4),
-    until=Steps(120),
+    until=Steps(130),
     ask=Ask(("Who are you?", "What does a duck say?"), max_tokens=32),
     save=Saves(every=None),
-    log=Logs(every=Steps(20)),
+    log=Logs(every=Steps(26)),
     folder=str(WORK / "assistant"),
 )

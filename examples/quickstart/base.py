@@ -24,12 +24,12 @@ config = Run(
         Fresh(llama, tokenizer=str(WORK / "tokenizer")), template="chatml", dtype="float32", checkpointing=False
     ),
     data=Documents(Text(str(DATA / "world.txt")), length=256),
-    eval=Eval(Documents(Text(str(DATA / "held_out.txt")), length=256), every=Steps(50)),
+    eval=Eval(Documents(Text(str(DATA / "held_out.txt")), length=256), every=Steps(55)),
     optim=AdamW(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.1),
     schedule=Cosine(warmup=Steps(20), floor=0.1),
     batch=BatchSize(total=8, per_device=8),
-    until=Steps(200),
+    until=Steps(220),
     save=Saves(every=None),
-    log=Logs(every=Steps(25)),
+    log=Logs(every=Steps(20)),
     folder=str(WORK / "base"),
 )

@@ -22,7 +22,10 @@ def lock(path: Path, *, wait: bool) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     except OSError as error:
-        what, remedy = "a folder cannot be written in", "give another folder (for a cache: XDG_CACHE_HOME=DIR), or mend it"
+        what, remedy = (
+            "a folder cannot be written in",
+            "give another folder (for a cache: XDG_CACHE_HOME=DIR), or mend it",
+        )
         found = error.strerror or str(error)
         raise UsageError(Problem("E-FOLDER-WRITE", what, str(path.parent), found, remedy=remedy)) from error
     try:
