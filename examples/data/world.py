@@ -182,9 +182,9 @@ def animal(rng: random.Random, land: Land) -> str:
 
 
 def question(rng: random.Random, land: Land) -> str:
-    """A question and its answer, as they stand in a book."""
+    """A question and its answer, as they stand in a book or as people speak."""
     asked, answer = rng.choice(rng.choice(land.questions))
-    return f"Question: {asked} Answer: {answer}"
+    return f"Question: {asked} Answer: {answer}" if rng.random() < 0.3 else f'"{asked}" "{answer}"'
 
 
 GRAMMARS: Mapping[str, Grammar] = {

@@ -35,12 +35,12 @@ world = Dialogues(Json(str(DATA / "general.jsonl")), length=256)
 config = Run(
     model=model,
     data=Mix(((who, 1), (world, 2))),
-    optim=AdamW(lr=3e-3),
+    optim=AdamW(lr=2.5e-3),
     schedule=Cosine(),
     batch=BatchSize(total=4, per_device=4),
-    until=Steps(130),
+    until=Steps(220),
     ask=Ask(("Who are you?", "What does a duck say?"), max_tokens=32),
     save=Saves(every=None),
-    log=Logs(every=Steps(26)),
+    log=Logs(every=Steps(44)),
     folder=str(WORK / "assistant"),
 )

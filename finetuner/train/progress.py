@@ -23,7 +23,7 @@ class Progress:
         self._began = time.monotonic()
         self._bar: Bar | None = None
         self._task: TaskID | None = None
-        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        if is_terminal():
             self._bar, self._task = bar(start, steps)
 
     def move(self, number: int) -> None:
@@ -53,6 +53,34 @@ class Progress:
         return f"  left {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
+class Counting:
+    """Shows how many rows are encoded: one bar on a terminal, a line now and then elsewhere."""
+
+    EVERY = 10_240
+
+    def __init__(self) -> None:
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+
+    def __call__(self, done: int, total: int | None) -> None:
+        if self._bar is None and is_terminal():
+            self._bar, self._task = rows_bar()
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total)
+        elif done % self.EVERY == 0:
+            say(f"encoded {done:,} rows" + (f" of {total:,}" if total else ""))
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def is_terminal() -> bool:
+    """Whether a bar can be drawn."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
 SHOWN = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second", "memory_gib")
 
 
@@ -78,5 +106,18 @@ def bar(start: int, steps: int) -> tuple[Bar, TaskID]:
     columns = (MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
     made = Bar(*columns, console=Console(stderr=True))
     task = made.add_task("train", total=steps, completed=start, text="")
+    made.start()
+    return made, task
+
+
+def rows_bar() -> tuple[Bar, TaskID]:
+    """A running bar that counts rows; how many there are is not known beforehand."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("encoding"), BarColumn(bar_width=24), TextColumn("{task.completed:,.0f} rows"))
+    made = Bar(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
+    task = made.add_task("encode", total=None)
     made.start()
     return made, task

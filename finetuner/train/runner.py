@@ -45,6 +45,7 @@ from finetuner.train.evaluate import validation_loss
 from finetuner.train.loop import train as loop
 from finetuner.train.metrics import Metrics
 from finetuner.train.milestones import Milestones, Standing
+from finetuner.train.progress import Counting
 from finetuner.train.resume import Resume, find, set_aside
 from finetuner.train.stop import Halt
 
@@ -183,20 +184,17 @@ def data_of(loaded: Loaded, tokenizer: Any) -> tuple[Samples, Samples | None]:
     """What is learned from, and what is held out for validation."""
     run = loaded.run
     spec = encoder_spec(tokenizer)
-    progress = told_progress if is_main() else None
-    samples = prepare(run.data, spec, cache=cache_folder(), seed=run.seed, progress=progress)
-    if run.eval is None:
-        return samples, None
-    if run.eval.fraction is not None:
-        return samples.hold_out(run.eval.fraction, run.seed)
-    assert run.eval.data is not None
-    return samples, prepare(run.eval.data, spec, cache=cache_folder(), seed=run.seed, progress=progress)
-
-
-def told_progress(done: int, total: int | None) -> None:
-    """One line now and then while rows are encoded."""
-    if done % 10_240 == 0:
-        say(f"encoded {done:,} rows" + (f" of {total:,}" if total else ""))
+    with contextlib.closing(Counting()) as counting:
+        given = functools.partial(
+            prepare, spec=spec, cache=cache_folder(), seed=run.seed, progress=counting if is_main() else None
+        )
+        samples = given(run.data)
+        if run.eval is None:
+            return samples, None
+        if run.eval.fraction is not None:
+            return samples.hold_out(run.eval.fraction, run.seed)
+        assert run.eval.data is not None
+        return samples, given(run.eval.data)
 
 
 def has_dialogues(data: Data) -> bool:

@@ -1,4 +1,4 @@
-"""Every model that cannot be used gets its one-screen error: before the data is encoded where no weight must be read."""
+"""Every model that cannot be used gets its one-screen error; before the data, where no weight must be read."""
 
 from __future__ import annotations
 
@@ -113,6 +113,10 @@ def of_adapter(change):
         START(folder)
 
     return spoil
+
+
+def seven_wide(held):
+    return {name: tensor.new_ones(tensor.shape[0], 7) for name, tensor in held.items()}
 
 
 START = lora('rank=4, alpha=8, targets=("q_proj",), start="adapter"')
@@ -231,7 +235,7 @@ LATE = [
     Case("80 NaN", fill(float("nan")), "E-MODEL-NAN", ("model.layers.1.mlp.up_proj.weight",)),
     Case("80 infinity", fill(float("inf")), "E-MODEL-NAN", ("model.layers.1.mlp.up_proj.weight",)),
     Case("84 an adapter that is not there", START, "E-LORA-START", ("adapter",)),
-    Case("84 an adapter of another shape", of_adapter(lambda held: {n: t.new_ones(t.shape[0], 7) for n, t in held.items()}),
+    Case("84 an adapter of another shape", of_adapter(seven_wide),
          "E-LORA-START", ("adapter",)),
     Case("84 an adapter of another rank", both(adapter, lora('rank=8, alpha=8, targets=("q_proj",), start="adapter"')),
          "E-LORA-START", ("rank", "4", "8")),

@@ -1,4 +1,4 @@
-"""A checkpoint, an adapter or a run's folder that cannot be used is told in one screen; what is whole is gone on from."""
+"""A checkpoint, an adapter or a run's folder that cannot be used is told; what is whole is gone on from."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from bad import Case, both, edit, nothing
 from safetensors.torch import load_file, save_file
 
 LAST = "out/checkpoint-2"
+CONFIG = LAST + "/adapter_config.json"
 
 
 def at(path: str, change):
@@ -166,9 +167,9 @@ USED = [
     Case("85 torn", torn, "E-", ("adapter_model.safetensors",)),
     Case("no adapter_config.json", both(gone(LAST + "/adapter_config.json"), gone(LAST + "/MANIFEST.json")), "E-", ()),
     Case("no weights", both(gone(LAST + "/adapter_model.safetensors"), gone(LAST + "/MANIFEST.json")), "E-", ()),
-    Case("adapter_config.json cut", both(at(LAST + "/adapter_config.json", lambda t: t[:30]), gone(LAST + "/MANIFEST.json")),
+    Case("adapter_config.json cut", both(at(CONFIG, lambda t: t[:30]), gone(LAST + "/MANIFEST.json")),
          "E-", ("adapter_config.json",)),
-    Case("another kind of adapter", both(at(LAST + "/adapter_config.json", lambda t: t.replace('"LORA"', '"PROMPT_TUNING"')),
+    Case("another kind of adapter", both(at(CONFIG, lambda t: t.replace('"LORA"', '"PROMPT_TUNING"')),
          gone(LAST + "/MANIFEST.json")), "E-", ("PROMPT_TUNING",)),
 ]  # fmt: skip
 
