@@ -221,3 +221,9 @@ def test_every_example_is_a_run_whose_files_are_there(config: str) -> None:
     for part in [*parts, *([run.eval.data] if run.eval and run.eval.data else [])]:
         assert Path(part.source.files).is_file()
     assert (ROOT / config).with_name("README.md").is_file()
+
+
+def test_no_two_test_files_bear_one_name():
+    """pytest would import the first under both names."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)

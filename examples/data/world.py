@@ -39,13 +39,13 @@ from facts import (
 SEED = 7
 LINES = {
     "portrait": 120,
-    "search": 180,
+    "search": 150,
     "meeting": 100,
-    "market": 150,
+    "market": 120,
     "counting": 150,
     "order": 50,
     "animal": 60,
-    "question": 330,
+    "question": 520,
 }
 ISLAND_LINES = {"portrait": 60, "search": 60, "meeting": 20, "market": 20, "animal": 20, "question": 60}
 

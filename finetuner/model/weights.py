@@ -130,7 +130,9 @@ def read_hf_config(folder: Path, model: CausalLM) -> PreTrainedConfig:
         what, where = "config.json does not fit its model_type", str(folder / "config.json")
         remedy = "fetch the model's config.json again"
         raise ModelError(Problem("E-MODEL-CONFIG", what, where, first_line(error), remedy=remedy)) from error
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and known:
+    # An encoder (BERT) has a causal class too, whose tokens see those behind them unless it is marked as a decoder.
+    encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if known and (type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or encoder):
         raise ModelError(
             Problem(
                 "E-MODEL-KIND",

@@ -205,7 +205,8 @@ EARLY = [
         ("config.json", "attention heads"),
     ),
     Case("a config of texts", settings(hidden_size="wide"), "E-MODEL-CONFIG", ("config.json", "hidden_size")),
-    Case("an encoder", settings(model_type="t5"), "E-MODEL-KIND", ("t5",)),
+    Case("an encoder and decoder", settings(model_type="t5"), "E-MODEL-KIND", ("t5",)),
+    Case("an encoder", settings(model_type="bert"), "E-MODEL-KIND", ("bert",)),
     Case(
         "an adapter given as the model",
         both(adapter, edit('"model",', '"adapter",')),
