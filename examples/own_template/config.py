@@ -1,4 +1,4 @@
-"""A chat template of our own, valley.jinja, which writes questions as the texts of the quickstart's model do."""
+"""A chat template of our own, valley.jinja, learned by the quickstart's model through LoRA."""
 
 from pathlib import Path
 
@@ -16,9 +16,9 @@ config = Run(
         checkpointing=False,
     ),
     data=Dialogues(Json(str(ROOT / "examples/data/general.jsonl")), length=256),
-    optim=AdamW(lr=2e-3),
+    optim=AdamW(lr=2.5e-3),
     batch=BatchSize(total=4, per_device=4),
-    until=Epochs(5),
+    until=Epochs(20),
     ask=Ask(("What does a duck say?", "Where does Mira live?"), max_tokens=32),
     save=Saves(every=None),
     folder=str(ROOT / "work_dirs/own_template"),
