@@ -31,6 +31,7 @@ from finetuner.engine.checkpoint import check_place
 from finetuner.engine.engine import Engine
 from finetuner.errors import ConfigError, Problem, UsageError
 from finetuner.model.build import build, checked_tokenizer
+from finetuner.model.joint import tell_joined_prompt
 from finetuner.model.tokenizer import add_tokens, encoder_spec
 from finetuner.runtime import dist
 from finetuner.runtime.commit import sweep
@@ -109,6 +110,8 @@ def perform(loaded: Loaded, home: Path, found: Resume | None, device: torch.devi
     tokenizer = checked_tokenizer(run.model, run.data.length, dialogues=has_dialogues(run.data))
     add_tokens(tokenizer, run.model.new_tokens)
     samples, held = data_of(loaded, tokenizer)
+    if has_dialogues(run.data):
+        tell_joined_prompt(tokenizer)
     packs = pack_samples(samples, seed=run.seed)
     plan = Plan(packs, run.batch.total, run.until, run.seed)
     identity = identity_of(samples)
