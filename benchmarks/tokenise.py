@@ -122,6 +122,20 @@ def theirs(folder: Path, rows: Path) -> dict[str, Any]:
     return {"seconds": seconds, "cpu": work, "tokens": tokens, "learned": learned, "print": digest(print_of)}
 
 
+def floor(folder: Path, rows: Path) -> dict[str, Any]:
+    """The tokenizer's own work on one thread: the rendered texts, ids only, nothing read and nothing written."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    talks = [json.loads(line)["messages"] for line in rows.read_text().splitlines()]
+    texts = ["".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in talk) for talk in talks]
+    start, work, tokens = time.perf_counter(), cpu(), 0
+    for first in range(0, len(texts), 512):
+        done = tokenizer.encode_batch_fast(texts[first : first + 512], add_special_tokens=False)
+        tokens += sum(len(one.ids) for one in done)
+    return {"seconds": time.perf_counter() - start, "cpu": cpu() - work, "tokens": tokens}
+
+
 def cpu() -> float:
     """Processor seconds of this process and of those that it has waited for."""
     return sum(os.times()[:4])
@@ -136,7 +150,8 @@ def digest(value: Any) -> str:
 def measured(folder: Path, rows: Path, kind: str) -> dict[str, Any]:
     """Runs one kind in a process of its own."""
     command = [sys.executable, __file__, "--one", kind, str(folder), str(rows)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    alone = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"} if kind == "floor" else {}
+    done = subprocess.run(command, env=os.environ | alone, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -149,7 +164,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         kind, folder, rows = options.one[0], Path(options.one[1]), Path(options.one[2])
-        result = theirs(folder, rows) if kind == "theirs" else ours(folder, rows, int(kind))
+        kinds = {"theirs": theirs, "floor": floor}
+        result = kinds[kind](folder, rows) if kind in kinds else ours(folder, rows, int(kind))
         usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         print(json.dumps(result | {"rss": max(usage.ru_maxrss for usage in usages) / 1024}))
         return
@@ -163,6 +179,7 @@ def main() -> None:
         peer = measured(folder, many, "theirs")
         print("                           rows/s  ratio  wall s   cpu s  again s  peak MiB  at 1/4 of the rows")
         print(row("datasets.map, 1 process", options.rows, peer, peer, None))
+        print(row("the tokenizer, 1 thread", options.rows, measured(folder, many, "floor"), peer, None))
         for workers in (1, 2):
             own, small = measured(folder, many, str(workers)), measured(folder, few, str(workers))
             same = all(own[key] == peer[key] for key in ("tokens", "learned", "print"))

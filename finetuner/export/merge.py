@@ -30,6 +30,7 @@ from finetuner.generate.stops import stop_ids
 from finetuner.model import internlm2
 from finetuner.model.adapter import load_adapter
 from finetuner.model.folder import find, read_json
+from finetuner.model.identity import check_base
 from finetuner.model.portable import portable_config, write_json
 from finetuner.model.quiet import quiet
 from finetuner.model.tokenizer import from_folder
@@ -85,6 +86,8 @@ def merge(
     whole: Path | None = None
     if allow_quantised and "quantization_config" in read_json(find(named, "model") / "config.json"):
         whole = dequantised(named, out)
+    else:
+        check_base(folder, find(named, "model"))
     try:
         plan = planned(folder, str(whole or named), DTYPES[dtype] if dtype else None)
         result = plan.dtype or stored_dtype(plan.folder)

@@ -23,6 +23,7 @@ from finetuner.generate.answer import Answer, answer
 from finetuner.generate.stops import stop_ids
 from finetuner.model.adapter_file import CONFIG, WEIGHTS, holds_matrices
 from finetuner.model.folder import find, model_folder, read_json
+from finetuner.model.identity import check_base
 from finetuner.model.quiet import quiet
 from finetuner.model.tokenizer import load_tokenizer, read_tokenizer, vocabulary_size
 from finetuner.model.weights import load_weights, stored_dtype
@@ -113,6 +114,8 @@ def load_model(
         raise ModelError(Problem("E-CHAT-BASE", "a whole model has no base", str(folder), f"--base {base}",
                                  remedy="leave --base out"))  # fmt: skip
     weights = str(folder) if adapter is None else base_of(folder, adapter, base)
+    if adapter is not None:
+        check_base(folder, model_folder(CausalLM(weights)))
     has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
     # An adapter in name only: weights beside one do not train, and are held in the dtype that is computed in.
     source = CausalLM(weights, adapter=LoRA(), quant=NF4() if quant else None, template=template,

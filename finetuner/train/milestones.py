@@ -17,6 +17,7 @@ from typing import Any
 from finetuner.config.run import Run, Steps
 from finetuner.engine import checkpoint
 from finetuner.engine.engine import Engine
+from finetuner.model.identity import RECORD
 from finetuner.runtime import dist
 from finetuner.runtime.log import say
 from finetuner.runtime.ranks import is_main
@@ -52,6 +53,7 @@ class Milestones:
         metrics: Metrics,
         *,
         identity: str,
+        base: str | None,
         steps: int,
         standing: Standing,
         halt: Callable[[], bool],
@@ -59,7 +61,7 @@ class Milestones:
         ask: Callable[[int], None] | None,
     ) -> None:
         self._run, self._folder, self._engine, self._metrics = run, folder, engine, metrics
-        self._identity, self._steps, self._halt = identity, steps, halt
+        self._identity, self._base, self._steps, self._halt = identity, base, steps, halt
         self._validate, self._ask = validate, ask
         self.standing = standing
 
@@ -115,7 +117,7 @@ class Milestones:
         self._engine.learner.save(folder)
         (folder / "state").mkdir()
         self._engine.save(folder / "state")
-        (folder / "finetuner.json").write_text(json.dumps(self._about(), indent=2), encoding="utf-8")
+        (folder / RECORD).write_text(json.dumps(self._about(), indent=2), encoding="utf-8")
 
     def _about(self) -> dict[str, Any]:
         """What merging and chatting need to know beyond what peft and transformers write."""
@@ -124,6 +126,7 @@ class Milestones:
         return {
             "base": model.path if isinstance(model.path, str) else None,
             "revision": model.revision,
+            "base_identity": self._base,
             "quant": None if model.quant is None else "nf4",
             "dtype": model.dtype,
             "template_sha256": hashlib.sha256(template.encode()).hexdigest(),

@@ -34,11 +34,21 @@ FREE = (
     "engine",
     "model.checkpointing",
     "model.attention",
+    "model.path",
+    "model.revision",
+    "data.source",
+    "data.rows",
+    "data.replace",
+    "data.on_bad_row",
+    "data.too_long",
+    "data.turns",
+    "data.system",
     "optim",
     "schedule",
     "until",
 )
-"""What may change when a run goes on: it is told, and neither the data's order nor the state stops fitting."""
+"""What may change when a run goes on: it is told. That base and samples are still the same is checked by themselves,
+wherever they lie now and however they are read."""
 
 
 def run_id(folder: Path) -> str | None:
@@ -70,20 +80,21 @@ def recorded(folder: Path, name: str, *needed: str) -> dict[str, Any]:
     return dict(values)
 
 
-def begin(folder: Path, loaded: Loaded, data: str, *, world: int) -> str:
+def begin(folder: Path, loaded: Loaded, data: str, base: str | None, *, world: int) -> str:
     """Writes the record of a run that begins or goes on in `folder`; gives its id."""
     identity = run_id(folder) or secrets.token_hex(8)
     file = folder / "run.json"
     starts = recorded(folder, "run.json", "starts")["starts"] if file.exists() else []
     start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world": world, "command": mask_text(" ".join(sys.argv))}
-    record = {"id": identity, "data": data, "versions": versions(), "seed": loaded.run.seed, "starts": [*starts, start]}
+    shaped = {"data": data, "base": base, "versions": versions(), "seed": loaded.run.seed}
+    record = {"id": identity, **shaped, "starts": [*starts, start]}
     replace(folder / "config.py.txt", mask_source(loaded.source))
     replace(folder / "config.json", json.dumps(to_json(loaded.run), indent=2, ensure_ascii=False) + "\n")
     replace(file, json.dumps(record, indent=2) + "\n")
     return identity
 
 
-def check_same(folder: Path, loaded: Loaded, data: str) -> None:
+def check_same(folder: Path, loaded: Loaded, data: str, base: str | None) -> None:
     """Tells key by key what changed since the run in `folder` was last started.
 
     Raises:
@@ -105,7 +116,11 @@ def check_same(folder: Path, loaded: Loaded, data: str) -> None:
                 remedy,
             )
         )
-    if recorded(folder, "run.json", "data")["data"] != data:
+    began = recorded(folder, "run.json", "data", "base")
+    if began["base"] != base:
+        what, found = "the base's weights are not those that the run began with", "other values, by their print"
+        raise CheckpointError(Problem("E-RESUME-BASE", what, str(folder), found, remedy=remedy))
+    if began["data"] != data:
         raise CheckpointError(
             Problem(
                 "E-RESUME-DATA",

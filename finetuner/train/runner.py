@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import torch
 
 from finetuner.config.data import Data, Dialogues, Mix
 from finetuner.config.load import Loaded
+from finetuner.config.model import Fresh
 from finetuner.config.write import to_json
 from finetuner.data.feed import Feed, validation_batches
 from finetuner.data.packs import pack_samples
@@ -31,6 +33,8 @@ from finetuner.engine.checkpoint import check_place
 from finetuner.engine.engine import Engine
 from finetuner.errors import ConfigError, Problem, UsageError
 from finetuner.model.build import build, checked_tokenizer
+from finetuner.model.folder import model_folder
+from finetuner.model.identity import base_identity
 from finetuner.model.joint import tell_joined_prompt
 from finetuner.model.tokenizer import add_tokens, encoder_spec
 from finetuner.runtime import dist
@@ -115,14 +119,15 @@ def perform(loaded: Loaded, home: Path, found: Resume | None, device: torch.devi
     packs = pack_samples(samples, seed=run.seed)
     plan = Plan(packs, run.batch.total, run.until, run.seed)
     identity = identity_of(samples)
+    base = None if isinstance(run.model.path, Fresh) else base_identity(model_folder(run.model))
     if found is not None:
-        record.check_same(home, loaded, identity)
+        record.check_same(home, loaded, identity, base)
         if found.step >= plan.steps:
             say(f"already finished: {found.path} is the last of {plan.steps} steps; nothing to do")
             return 0
     start = found.step if found else 0
     if is_main():
-        run_id = record.begin(home, loaded, identity, world=world())
+        run_id = record.begin(home, loaded, identity, base, world=world())
         write_report(samples.report, home)
     dist.barrier()
     run_id = record.run_id(home) or ""
@@ -139,7 +144,7 @@ def perform(loaded: Loaded, home: Path, found: Resume | None, device: torch.devi
         engine.load(found.path / "state")
     feed = Feed(samples, plan, rank(), world(), run.batch.per_device)
     return steps(
-        loaded, home, engine, feed, held, built.tokenizer, run_id, start, found.standing if found else Standing()
+        loaded, home, engine, feed, held, built.tokenizer, run_id, base, start, found.standing if found else Standing()
     )
 
 
@@ -151,6 +156,7 @@ def steps(
     held: Samples | None,
     tokenizer: Any,
     run_id: str,
+    base: str | None,
     start: int,
     standing: Standing,
 ) -> int:
@@ -161,7 +167,7 @@ def steps(
     metrics = Metrics(run, home, start=start, feed=feed, trackers=tracked)
     ask = functools.partial(ask_all, run.ask, engine.learner, tokenizer, folder=home) if run.ask else None
     milestones = Milestones(
-        run, home, engine, metrics, identity=run_id, steps=feed.steps, standing=standing, halt=halt,
+        run, home, engine, metrics, identity=run_id, base=base, steps=feed.steps, standing=standing, halt=halt,
         validate=validation(engine, held, run.seed) if held is not None else None, ask=ask,
     )  # fmt: skip
     broken = functools.partial(describe_broken, home, tokenizer)
@@ -207,9 +213,12 @@ def has_dialogues(data: Data) -> bool:
 
 
 def identity_of(samples: Samples) -> str:
-    """What tells these samples from any others: the checksums of the encoded data sets that they are made of."""
+    """What tells these samples from any others: the checksums of the encoded data sets, and which of it is learned."""
     parts = samples.report.get("parts", [samples.report])
-    return "+".join(digest for part in parts for digest in part["samples_sha256"])
+    digest = hashlib.sha256("+".join(sha for part in parts for sha in part["samples_sha256"]).encode())
+    for bounds in (samples.starts, samples.stops):
+        digest.update(bounds.tobytes())
+    return digest.hexdigest()
 
 
 def cache_folder() -> Path:

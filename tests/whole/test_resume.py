@@ -155,3 +155,31 @@ def test_resume_never_keeps_the_old_run_beside(unbroken, tmp_path):
     assert world.losses(folder / "out") == world.losses(unbroken / "out")
     first, second = (json.loads((folder / name / "run.json").read_text())["id"] for name in ("out", "out.1"))
     assert first != second
+
+
+def test_what_moved_and_is_the_same_is_gone_on_with(unbroken, tmp_path, capsys):
+    folder = tmp_path / "moved"
+    shutil.copytree(unbroken, folder, symlinks=True)
+    os.rename(folder / "model", folder / "base")
+    os.rename(folder / "rows.jsonl", folder / "dialogues.jsonl")
+    moved = ("model.path=base", "data.source.files=dialogues.jsonl", "save.keep=100", "until=Epochs(3)")
+    assert train(folder, *moved) == 0
+    assert 'model.path: "model" -> "base"' in capsys.readouterr().err
+    assert len(steps_of(folder)) > len(steps_of(unbroken))
+
+
+def test_another_base_of_the_same_shape_is_not_gone_on_with(unbroken, tmp_path):
+    import rig
+
+    folder = tmp_path / "base"
+    shutil.copytree(unbroken, folder, symlinks=True)
+    rig.tiny_llama(folder / "model", seed=7, attention_dropout=0.1)
+    with pytest.raises(CheckpointError, match="E-RESUME-BASE"):
+        train(folder, "until=Epochs(3)")
+
+
+def test_another_part_held_out_is_not_gone_on_with(unbroken, tmp_path):
+    folder = tmp_path / "held"
+    shutil.copytree(unbroken, folder, symlinks=True)
+    with pytest.raises(CheckpointError, match="E-RESUME-DATA"):
+        train(folder, "eval=Eval(fraction=0.3)", "until=Epochs(3)")
