@@ -80,6 +80,28 @@ def test_twenty_kills_lose_nothing(folder, tmp_path_factory):
     assert not list((folder / "out").glob(".tmp_*")) + list((folder / "out").glob(".del_*"))
 
 
+KINDS = {
+    "full": {"model": ""},
+    "qlora": {"model": world.QLORA},
+    "unpacked": {"pack": False},
+    "pretraining": {"model": "", "data": world.DOCUMENTS},
+    "validated": {"more": ", eval=Eval(fraction=0.2, every=Steps(3))"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_ten_kills_of_each_kind_of_run_lose_nothing(kind, tmp_path):
+    world.make(tmp_path, until="Steps(30)", every=1, **KINDS[kind])
+    done = world.finetuner("train", "config.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    wanted = world.losses(tmp_path / "out"), world.weights(tmp_path / "out")
+    os.rename(tmp_path / "out", tmp_path / "unbroken")
+    inside = killed_run(tmp_path, 10, seed=1)
+    assert (world.losses(tmp_path / "out"), world.weights(tmp_path / "out")) == wanted
+    assert inside >= 2, f"only {inside} kills fell inside a save"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_within_one_step(tmp_path, number, code):
     world.make(tmp_path, until="Steps(100000)", every=100000)
