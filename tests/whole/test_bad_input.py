@@ -59,7 +59,7 @@ CONFIGS = [
     Case("8 raises", edit("config =", "1 / 0\nconfig ="), "E-CONFIG-RAISED", ("ZeroDivisionError", "config.py:5")),
     Case("8 a name that is not there", edit("AdamW(", "Adamw("), "E-CONFIG-RAISED", ("config.py:8", "AdamW")),
     Case("8 exits", edit("config =", "raise SystemExit(0)\nconfig ="), "E-CONFIG-EXIT", ("config.py:5", "remove")),
-    Case("8 no end", edit("config =", "while True: pass\nconfig ="), "E-CONFIG-TIME", ("config.py:5", "0.3 s")),
+    Case("8 no end", edit("config =", "while True: pass\nconfig ="), "E-CONFIG-TIME", ("config.py:5", "2 s")),
     Case(
         "10 unknown key",
         edit(LR, "lr=1e-2, weight_decai=0.1"),
@@ -168,7 +168,8 @@ def sound(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CONFIGS + OVERRIDES + LINES, ids=str)
 def test_a_wrong_config_or_line_gives_2_before_a_model_is_looked_for(case, sound, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(load, "LIMIT_S", 0.3)
+    if case.code == "E-CONFIG-TIME":  # for the others the limit stays: a busy machine is slow
+        monkeypatch.setattr(load, "LIMIT_S", 2.0)
     monkeypatch.chdir(bad.copy(sound, tmp_path))
     case.wrong(tmp_path)
     words = case.command if case.args[:1] != ("trian",) else ["trian"]
