@@ -47,6 +47,18 @@ def is_mmengine(source: str) -> bool:
     return reads or "_base_" in assigned or laid_out
 
 
+def refuse_stars(file: Path, tree: ast.Module) -> None:
+    """mmengine cannot follow `from finetuner import *`; only a base is read so, inside `with read_base()`."""
+    for item in tree.body:
+        if isinstance(item, ast.ImportFrom) and item.names[0].name == "*":
+            what, found = (
+                "a file in mmengine's style imports names, not all of a module",
+                f"from {item.module} import *",
+            )
+            remedy = f"from {item.module} import CausalLM, Dialogues, ... (each name that the file uses)"
+            raise ConfigError(Problem("E-CONFIG-STAR", what, spot(file, item.lineno), found, remedy=remedy))
+
+
 def run_of(file: Path, source: str) -> Run:
     """The run that the file's top-level names describe.
 
@@ -56,6 +68,7 @@ def run_of(file: Path, source: str) -> Run:
     from mmengine.config.utils import ConfigParsingError
 
     tree = ast.parse(source)
+    refuse_stars(file, tree)
     refuse_circle((file,))
     try:
         lazy = "_base_" not in assignments(tree)

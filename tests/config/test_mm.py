@@ -188,3 +188,13 @@ def test_mmengine_is_imported_only_for_its_own_notation(tmp_path: Path) -> None:
         words = [sys.executable, "-c", code, file]
         done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
         assert done.stdout.strip() == answer
+
+
+def test_a_star_outside_read_base_is_told_with_its_line(tmp_path: Path) -> None:
+    text = BASE.replace(
+        "from finetuner import NF4, AdamW", "from finetuner import *\nfrom finetuner import NF4, AdamW", 1
+    )
+    assert "import *" in text
+    (problem,) = problems_of(write(tmp_path, {"run.py": text}))
+    assert problem.code == "E-CONFIG-STAR"
+    assert problem.where.startswith("run.py:")
