@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from logging import ERROR, getLogger
 
 from transformers.utils import logging
 
@@ -13,9 +12,6 @@ from transformers.utils import logging
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars, warnings and loading reports of transformers and peft in the block."""
-    fours = getLogger("bitsandbytes")  # says at its import that kernels from a hub are missing
-    four_level = fours.level
-    fours.setLevel(ERROR)
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -24,7 +20,6 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        fours.setLevel(four_level)
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
