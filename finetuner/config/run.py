@@ -129,6 +129,10 @@ class Ask(Node):
     system: Name | None = None
     max_tokens: Positive = 128
 
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            refuse("E-ASK", "Ask has no question", found="prompts=()", fits='prompts=("Who?",)', remedy="add one")
+
 
 @node
 class Saves(Node):

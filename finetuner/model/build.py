@@ -23,6 +23,7 @@ from finetuner.model.soundness import check_length
 from finetuner.model.tokenizer import add_tokens, need_template, read_tokenizer, vocabulary_size
 from finetuner.model.vocabulary import check_rows
 from finetuner.model.weights import compute, load_weights, needs_code, read_hf_config, stored_dtype
+from finetuner.runtime.log import say
 
 
 class Built(NamedTuple):
@@ -81,8 +82,8 @@ def checked_tokenizer(model: CausalLM, length: int, *, dialogues: bool) -> PreTr
         if not needs_code(read_config(folder)):
             check_parts(model, config)
     tokenizer = read_tokenizer(model)
-    if dialogues:
-        need_template(tokenizer)
+    if dialogues and "strftime_now" in need_template(tokenizer):
+        say("the chat template writes the date: samples that are encoded on another day differ in it")
     if not isinstance(model.path, Fresh):
         check_rows(vocabulary_size(tokenizer), config.get_text_config().vocab_size)
     return tokenizer

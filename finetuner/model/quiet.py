@@ -5,8 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 
 from transformers.utils import logging
+
+# peft imports bitsandbytes wherever it is installed, which then says that kernels of a hub are missing.
+getLogger("bitsandbytes").setLevel(ERROR)
 
 
 @contextmanager

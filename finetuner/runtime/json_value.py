@@ -30,7 +30,7 @@ LAX = json.JSONDecoder()
 def checked(place: str, value: Any, text: str) -> Found:
     """`value` as a row, unless something in it cannot be used; `text` is how it was written."""
     if not isinstance(value, dict):
-        kind = "null-row" if value is None else "not-object"
+        kind = "null-row" if value is None else "not-an-object"
         return BadRow(place, kind, "a row is not an object", _named(value), "an object: {...}")
     if text.count("{") + text.count("[") > DEEPEST and _depth(value) > DEEPEST:
         return BadRow(place, "depth", "a row is nested too deeply", fits=f"at most {DEEPEST} levels")

@@ -52,7 +52,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         manifest = json.loads(text)
         if manifest["format"] != FORMAT:
-            found = f"{MANIFEST} has format {manifest['format']}; this version reads {FORMAT}"
+            found = f"{MANIFEST} has format {manifest['format']}; this version reads {FORMAT}: upgrade finetuner"
         elif manifest_text(manifest["files"], manifest["meta"]) != text:
             found = f"{MANIFEST} was changed after it was written"
         elif not all(set(entry) == {"size", "sha256"} for entry in manifest["files"].values()):

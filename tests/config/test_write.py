@@ -9,12 +9,40 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from write_files import GOOD, write
 
 import finetuner
-from finetuner import AdamW, BatchSize, CausalLM, Dialogues, Documents, Epochs, Fresh, Json, LoRA, Mix, Run, Steps
+from finetuner import (
+    NF4,
+    WSD,
+    AdamW,
+    Ask,
+    BatchSize,
+    CausalLM,
+    Constant,
+    Cosine,
+    Csv,
+    Dialogues,
+    Documents,
+    Epochs,
+    Eval,
+    Fresh,
+    Hub,
+    Json,
+    Linear,
+    Logs,
+    LoRA,
+    Mix,
+    Parquet,
+    Run,
+    Saves,
+    Skip,
+    Steps,
+    Text,
+    Torch,
+)  # fmt: skip
 from finetuner.config import write as write_module
 from finetuner.config.load import load, resolve
 from finetuner.config.node import Node
@@ -110,6 +138,25 @@ SAFE_VALUES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+SIZES = {"optim": AdamW(1e-4), "batch": BatchSize(8)}
+EVERY = (
+    Run(
+        CausalLM("x", adapter=LoRA(rank=4), quant=NF4()), DATA, **SIZES, until=Epochs(2.0), schedule=WSD(decay=0.5),
+        engine=Torch(device="cpu"), eval=Eval(Documents(Text("t"), on_bad_row=Skip(3))), save=Saves(keep=3),
+    ),
+    Run(
+        CausalLM(Fresh({"model_type": "llama"}, "tok")), Documents(Csv("c")), **SIZES, until=Steps(3),
+        schedule=Linear(warmup=Steps(1)), ask=Ask(("hi",)), log=Logs(project="p"),
+    ),
+    Run(
+        CausalLM("x"), Mix(((Dialogues(Parquet("p")), 1.0), (Dialogues(Hub("h")), 2.0))), **SIZES, until=Steps(1),
+        schedule=Constant(),
+    ),
+    Run(CausalLM("x"), DATA, **SIZES, until=Steps(1), schedule=Cosine(floor=0.1)),
+)  # fmt: skip
+"""Runs in which every noun stands."""
+
+
 def loads_to(source: str, folder: Path) -> Run:
     return load(write(folder, {f"run_{abs(hash(source))}.py": source})).run
 
@@ -125,6 +172,10 @@ def test_source_loads_to_an_equal_run_and_data_gives_it_back(tmp_path: Path) -> 
 
     @settings(max_examples=120, deadline=None, derandomize=True)
     @given(run=nouns(Run))
+    @example(run=EVERY[0])
+    @example(run=EVERY[1])
+    @example(run=EVERY[2])
+    @example(run=EVERY[3])
     def check(run: Run) -> None:
         source = to_source(run)
         seen.update(word for word in NOUNS if f"{word}(" in source)

@@ -39,12 +39,12 @@ def refusal(path: Path, content: str | bytes, reader: files.Reader = json_rows.j
 # Line 2 of three; the first and the third are good.
 BAD_LINES: dict[str, tuple[bytes, str, str]] = {
     "null": (b"null", "null-row", ":2"),
-    "number": (b"5", "not-object", ":2"),
-    "float": (b"1.5", "not-object", ":2"),
-    "text": (b'"x"', "not-object", ":2"),
-    "truth": (b"true", "not-object", ":2"),
-    "array": (b"[1, 2]", "not-object", ":2"),
-    "array of objects": (b'[{"a": 1}]', "not-object", ":2"),
+    "number": (b"5", "not-an-object", ":2"),
+    "float": (b"1.5", "not-an-object", ":2"),
+    "text": (b'"x"', "not-an-object", ":2"),
+    "truth": (b"true", "not-an-object", ":2"),
+    "array": (b"[1, 2]", "not-an-object", ":2"),
+    "array of objects": (b'[{"a": 1}]', "not-an-object", ":2"),
     "word": (b"hello", "json", ":2:1"),
     "single quotes": (b"{'a': 1}", "json", ":2:2"),
     "no quotes": (b"{a: 1}", "json", ":2:2"),
@@ -179,7 +179,7 @@ def test_unusable_rows_of_an_array_are_bad_rows(tmp_path: Path) -> None:
     content = '[\n{"a": 1},\nnull,\n{"a": NaN, "b": [1, {"c": 2}]},\n12,\n{"a": "\\ud800"},\n{"a": 2}\n]'
     found = rows(tmp_path / "a.json", content)
     assert [item.kind if isinstance(item, BadRow) else item[1] for item in found] == [
-        {"a": 1}, "null-row", "not-finite", "not-object", "surrogate", {"a": 2},
+        {"a": 1}, "null-row", "not-finite", "not-an-object", "surrogate", {"a": 2},
     ]  # fmt: skip
 
 
