@@ -59,6 +59,7 @@ def train(loaded: Loaded, *, folder: str | None = None, resume: str = "auto") ->
     """Performs the run, or goes on with it; gives the exit code: 0, or 130 or 143 after a signal."""
     home = Path(folder or loaded.run.folder or Path("work_dirs") / loaded.name)
     device = dist.choose_device(loaded.run.engine.device)
+    check_compute(loaded.run.model.dtype, device)
     accumulation(loaded.run.batch, world())
     dist.start(device)
     check_same_config(loaded)
@@ -81,6 +82,17 @@ def train(loaded: Loaded, *, folder: str | None = None, resume: str = "auto") ->
             return perform(loaded, home, found, device)
         finally:
             drop(handler)
+
+
+def check_compute(dtype: str, device: torch.device) -> None:
+    """Refuses a GPU that would only imitate what is to be computed in.
+
+    Raises:
+        ConfigError: E-DEVICE-DTYPE.
+    """
+    if device.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        what, found = "this GPU does not compute in bfloat16", torch.cuda.get_device_name(device)
+        raise ConfigError(Problem("E-DEVICE-DTYPE", what, "model.dtype", found, "'float32'", "model.dtype=float32"))
 
 
 def check_home(home: Path) -> None:
