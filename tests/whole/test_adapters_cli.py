@@ -59,7 +59,7 @@ def test_an_adapter_on_another_base_is_an_error_and_no_answer(trained, tmp_path)
     other = rig.tiny_llama(tmp_path / "other")
     done = asks(trained, "out", "--base", other)
     assert done.returncode not in (0, None)
-    assert "E-ADAPTER-FIT" in done.stderr
+    assert "E-BASE-OTHER" in done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
 
