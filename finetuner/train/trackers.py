@@ -50,8 +50,12 @@ def _start(
             return board
         case "wandb" | "trackio" | "swanlab":
             tracker = _module(name, "trackers")
-            key = "experiment_name" if name == "swanlab" else "name"
-            tracker.init(project=project, config=dict(config), **{key: folder.name})
+            places = {
+                "wandb": {"name": folder.name, "dir": str(folder)},
+                "swanlab": {"experiment_name": folder.name, "logdir": str(folder / "swanlog")},
+                "trackio": {"name": folder.name},
+            }
+            tracker.init(project=project, config=dict(config), **places[name])
             return lambda step, figures: tracker.log(dict(figures), step=step)
         case _:
             assert_never(name)
