@@ -80,8 +80,8 @@ def recorded(folder: Path, name: str, *needed: str) -> dict[str, Any]:
     return dict(values)
 
 
-def begin(folder: Path, loaded: Loaded, data: str, base: str | None, *, world: int) -> str:
-    """Writes the record of a run that begins or goes on in `folder`; gives its id."""
+def begin(folder: Path, loaded: Loaded, data: str, base: str | None, *, world: int) -> None:
+    """Writes the record of a run that begins or goes on in `folder`."""
     identity = run_id(folder) or secrets.token_hex(8)
     file = folder / "run.json"
     starts = recorded(folder, "run.json", "starts")["starts"] if file.exists() else []
@@ -91,7 +91,6 @@ def begin(folder: Path, loaded: Loaded, data: str, base: str | None, *, world: i
     replace(folder / "config.py.txt", mask_source(loaded.source))
     replace(folder / "config.json", json.dumps(to_json(loaded.run), indent=2, ensure_ascii=False) + "\n")
     replace(file, json.dumps(record, indent=2) + "\n")
-    return identity
 
 
 def check_same(folder: Path, loaded: Loaded, data: str, base: str | None) -> None:

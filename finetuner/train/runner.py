@@ -139,10 +139,11 @@ def perform(loaded: Loaded, home: Path, found: Resume | None, device: torch.devi
             return 0
     start = found.step if found else 0
     if is_main():
-        run_id = record.begin(home, loaded, identity, base, world=world())
+        record.begin(home, loaded, identity, base, world=world())
         write_report(samples.report, home)
     dist.barrier()
-    run_id = record.run_id(home) or ""
+    run_id = record.run_id(home)
+    assert run_id is not None, "the main rank has written it"
     say(f"{len(samples)} samples in {len(packs)} rows of up to {samples.length} tokens, {packs.report.fill:.1%} full")
     say(f"{plan.steps} steps, {plan.steps_per_epoch} an epoch" + (f"; going on after step {start}" if start else ""))
 

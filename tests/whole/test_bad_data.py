@@ -273,17 +273,6 @@ WORKS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    return bad.base(tmp_path_factory.mktemp("sound"))
-
-
-@pytest.fixture
-def here(sound, tmp_path, monkeypatch):
-    monkeypatch.chdir(bad.copy(sound, tmp_path))
-    return tmp_path
-
-
 @pytest.mark.parametrize("case", WRONG, ids=str)
 def test_wrong_data_gives_3_with_its_place_before_the_model_is_loaded(case, here, monkeypatch, capsys):
     case.wrong(here)

@@ -263,17 +263,6 @@ WORKS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    return bad.base(tmp_path_factory.mktemp("sound"))
-
-
-@pytest.fixture
-def here(sound, tmp_path, monkeypatch):
-    monkeypatch.chdir(bad.copy(sound, tmp_path))
-    return tmp_path
-
-
 @pytest.mark.parametrize("case", EARLY, ids=str)
 def test_a_model_that_cannot_be_used_is_told_before_a_weight_is_read(case, here, monkeypatch, capsys):
     case.wrong(here)

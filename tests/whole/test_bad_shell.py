@@ -24,17 +24,6 @@ WITHOUT_RIGHTS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 """Root reads and writes everything; without these it is as everyone is."""
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    return bad.base(tmp_path_factory.mktemp("sound"))
-
-
-@pytest.fixture
-def here(sound, tmp_path, monkeypatch):
-    monkeypatch.chdir(bad.copy(sound, tmp_path))
-    return tmp_path
-
-
 def call(*words: str, env: dict[str, str] | None = None, prefix: tuple[str, ...] = (), **options):
     command = [*prefix, sys.executable, "-m", "finetuner", *words]
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **options}
