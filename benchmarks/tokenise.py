@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
 import json
 import os
 import random
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,18 @@ TEMPLATE = (
 
 
 def prose() -> list[str]:
-    """Sentences of the language reference that Python carries: English as people write it."""
+    """Sentences of the language reference and of the docstrings that Python carries: English as people write it."""
     from pydoc_data.topics import topics
 
-    text = " ".join(" ".join(topics[name].split()) for name in sorted(topics))
+    texts = [topics[name] for name in sorted(topics)]
+    for file in sorted(Path(os.__file__).parent.rglob("*.py")):
+        if "site-packages" in file.parts or "test" in file.parts:
+            continue
+        with contextlib.suppress(SyntaxError, UnicodeDecodeError), warnings.catch_warnings(action="ignore"):
+            nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+            texts += [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
+    text = " ".join(" ".join(part.split()) for part in texts)
     return [sentence.strip() + "." for sentence in text.split(". ") if 20 < len(sentence) < 300 and "{" not in sentence]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -23,12 +23,14 @@ from finetuner.dialogue.control import Control
 from finetuner.dialogue.ends import Ends, ends_of
 from finetuner.dialogue.locate import structure_of, turns_directly
 from finetuner.dialogue.message import Dialogue, Document, Message, RowError
+from finetuner.dialogue.pretokens import pretokens_of
 from finetuner.dialogue.shortcut import Shortcut, shortcut_of
 from finetuner.dialogue.structure import Span, Structure
 from finetuner.dialogue.template import Template
 from finetuner.dialogue.texts import Texts, texts_of
 from finetuner.dialogue.tokens import learned_tokens, outer_ids
 
+Ids = npt.NDArray[np.int32]
 SHAPES = 4096
 """Shapes of dialogues that are remembered; there are few, unless tools differ from row to row."""
 
@@ -111,6 +113,7 @@ class Encoder:
             self._ends = ends_of(self._template, [token.content for token in added.values()])
         self._control = Control(spec.tokenizer_json, tokenizer, self._ends.frame)
         self._shapes: dict[Hashable, tuple[Structure, Shortcut | None]] = {}
+        self._pretokens = pretokens_of(spec.tokenizer_json, tokenizer)
 
     def encode(self, items: Sequence[Dialogue | Document]) -> list[list[Encoded] | RowError]:
         """What each item becomes: one `Encoded` (several under turns="split"), or the reason why it cannot.
@@ -137,16 +140,24 @@ class Encoder:
                 done.append(error)
         return done
 
-    def _encodings(self, jobs: Sequence[Job]) -> list[Encoding]:
-        """The jobs' texts tokenized in three calls: without offsets, with offsets, by the twin."""
-        tokenizer = self._tokenizer
+    def _encodings(self, jobs: Sequence[Job]) -> list[Encoding | Ids]:
+        """The jobs' texts tokenized in three calls: to ids alone, with offsets, by the twin."""
         ways = [2 if job.control else 1 if job.spans is not None and job.shortcut is None else 0 for job in jobs]
         batches = [[job.text for job, way in zip(jobs, ways, strict=True) if way == number] for number in range(3)]
-        quick = tokenizer.encode_batch_fast(batches[0], add_special_tokens=False)
-        exact = tokenizer.encode_batch(batches[1], add_special_tokens=False)
+        exact = self._tokenizer.encode_batch(batches[1], add_special_tokens=False)
         twin = self._control.twin.encode_batch(batches[2], add_special_tokens=False) if batches[2] else []
-        done = [iter(batch) for batch in (quick, exact, twin)]
+        done: list[Iterator[Encoding | Ids]] = [iter(self._ids(batches[0])), iter(exact), iter(twin)]
         return [next(done[way]) for way in ways]
+
+    def _ids(self, texts: list[str]) -> list[Ids]:
+        """The ids of whole texts: word by word from memory where that is the quicker way."""
+        if self._pretokens is not None:
+            found = self._pretokens.encode(texts)
+            if found is not None:
+                return found
+            self._pretokens = None
+        done = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in done]
 
     def _jobs(self, item: Dialogue | Document) -> list[Job]:
         """The texts that an item becomes."""
@@ -210,9 +221,11 @@ class Encoder:
             self._shapes[key] = structure, shortcut
         return structure, shortcut
 
-    def _encoded(self, job: Job, encoding: Encoding) -> Encoded:
+    def _encoded(self, job: Job, encoding: Encoding | Ids) -> Encoded:
         """The ids of an encoded text with their marks; checks that control tokens are the template's own."""
-        if job.control:
+        if not isinstance(encoding, Encoding):
+            ids_T = encoding
+        elif job.control:
             ids_T = self._control.own_ids(encoding)
         else:
             ids_T = np.array(encoding.ids, dtype=np.int32)
@@ -223,7 +236,7 @@ class Encoder:
             raise RowError("control", "the tokenizer does not make the control tokens that the template writes")
         learned_T = None if job.shortcut is None else job.shortcut.learned(ids_T, controls)
         if learned_T is None:
-            if job.shortcut is not None:
+            if not isinstance(encoding, Encoding):
                 encoding = self._tokenizer.encode(job.text, add_special_tokens=False)
             learned_T = learned_tokens(encoding, job.spans, self._trimming)
         if not learned_T[1:].any():

@@ -245,6 +245,6 @@ class Doubling:
 def test_the_check_of_bos_sees_a_second_one() -> None:
     encoder = sides.spec("llama3", with_bos()).build()
     talk = families.conversation(5)
-    encoder._tokenizer = Doubling(Tokenizer.from_str(with_bos()))
+    encoder._tokenizer, encoder._pretokens = Doubling(Tokenizer.from_str(with_bos())), None
     with pytest.raises(RowError, match="control tokens"):
         sides.one(encoder, sides.dialogue(talk))
