@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-EXTRAS = ("quant", "deepspeed", "flash", "vision", "board", "trackers", "dev")
+EXTRAS = ("quant", "deepspeed", "flash", "liger", "fp8", "vision", "board", "trackers", "dev")
 
 
 def requirements(name: str) -> list[str]:

@@ -15,12 +15,13 @@ TEMPLATE = (
 )
 
 
-def write_tokenizer(folder: Path) -> Path:
-    """Writes a byte-level tokenizer with ChatML's turns; `vocab_size` is about 260."""
+def write_tokenizer(folder: Path, size: int = 0) -> Path:
+    """Writes a byte-level tokenizer with ChatML's turns, of about 260 tokens, or of `size` with names for the rest."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     names = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    names += [f"unused{number}" for number in range(len(names), size)]
     built = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = decoders.ByteLevel()

@@ -33,6 +33,8 @@ OWNERS = {
     "deepspeed": {"engine/deepspeed_engine.py"},
     "peft": {"model/adapter.py", "export/merge.py"},
     "bitsandbytes": {"model/weights.py", "engine/optim.py"},
+    "liger_kernel": {"model/kernels.py"},
+    "torchao": {"model/fp8.py"},
     "datasets": {"data/source.py"},
 }
 LIGHT = ("config/", "dialogue/", "runtime/files.py", "runtime/commit.py", "runtime/lock.py", "runtime/log.py")

@@ -27,7 +27,7 @@ BROUGHT = {
     "typing_extensions": "pydantic",
 }
 """Packages that a required one requires itself."""
-EXTRAS = ("quant", "deepspeed", "flash", "vision", "board", "trackers", "dev")
+EXTRAS = ("quant", "deepspeed", "flash", "liger", "fp8", "vision", "board", "trackers", "dev")
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
 
 

@@ -32,6 +32,8 @@ PACKAGES = {
     "bitsandbytes": "quant",
     "deepspeed": "deepspeed",
     "flash-attn": "flash",
+    "liger-kernel": "liger",
+    "torchao": "fp8",
     "pillow": "vision",
     "tensorboard": "board",
     "wandb": "trackers",

@@ -38,6 +38,7 @@ VERBS = {
     "check": Verb("check", "find everything that is wrong before training"),
     "show": Verb("look", "print the resolved config", "add_show", "show"),
     "preview": Verb("preview", "print the first samples, with what is learned in them"),
+    "profile": Verb("profile", "measure where the time and the memory of a step go"),
     "estimate": Verb("estimate", "estimate memory, steps and what would fit"),
     "list": Verb("look", "list the ready configs", "add_list", "list_ready"),
     "copy": Verb("look", "copy a ready config, to edit it", "add_copy", "copy"),

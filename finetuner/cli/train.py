@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from finetuner.config.load import load
+from finetuner.runtime import allocator
 from finetuner.runtime.ranks import world
 
 
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
         accumulation(loaded.run.batch, max(1, args.nproc))
         return launch(args.nproc)
+    allocator.set_before_torch()
     from finetuner.train.runner import train
 
     return train(loaded, folder=args.folder, resume=args.resume)

@@ -10,7 +10,8 @@ from pydantic import Field
 from finetuner.config.node import Node, node, refuse
 
 Compute = Literal["bfloat16", "float32"]
-Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]
+Checkpointing = Literal["auto"] | bool | Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]
 Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
@@ -87,8 +88,20 @@ class CausalLM(Node):
     """What the forward and backward passes compute in. Trained weights and optimizer state are float32 always."""
     attention: Attention = "auto"
     """"auto" keeps packed samples apart by finetuner's own attention; the others are transformers'."""
-    checkpointing: bool = True
-    """Recompute activations in the backward pass: far less memory, about a third more time."""
+    checkpointing: Checkpointing = "auto"
+    """How many layers recompute their activations in the backward pass, which saves memory and costs up to a third more
+    time: a number of layers, True for all, False for none, or "auto" for as few as the free memory asks for."""
+    offload: bool = False
+    """Hold the inputs of checkpointed layers in the host's memory: for rows that are too long for the GPU's."""
+    tiled_mlp: Positive | None = None
+    """Tokens of a tile in which each layer's MLP is computed, such as 4096: for long rows. None: all tokens at once."""
+    compile: bool = False
+    """Compile the decoder layers (CUDA): faster steps for minutes at the first one. Each row is filled up to the same
+    length, so it is for packed rows."""
+    kernels: Literal["torch", "liger"] = "torch"
+    """"liger" fuses norms, rotary positions and gated layers where they are not compiled (CUDA; extra `liger`)."""
+    fp8: bool = False
+    """Take the decoder's matrix products in 8-bit floats (Hopper and newer; extra `fp8`); asks for `compile`."""
     tokenizer: Name | None = None
     """None: the model's own."""
     template: Name | None = None
@@ -112,6 +125,23 @@ class CausalLM(Node):
                 fits="adapter=LoRA() (QLoRA), or quant=None",
                 remedy="add adapter=LoRA()",
             )
+        if self.offload and not self.checkpointing:
+            refuse(
+                "E-OFFLOAD",
+                "offload moves the inputs of checkpointed layers, and none is checkpointed",
+                found=f"checkpointing={self.checkpointing!r}, offload=True",
+                fits='checkpointing=True, a number of layers, or "auto"',
+                remedy="checkpointing=True, or offload=False",
+            )
+        if self.attention.startswith("flash") and self.dtype == "float32":
+            refuse(
+                "E-ATTENTION-DTYPE",
+                "flash attention computes in half precision",
+                found=f'attention="{self.attention}", dtype="float32"',
+                fits='dtype="bfloat16", or attention="auto"',
+                remedy='attention="auto"',
+            )
+        check_speed(self)
         if self.adapter is not None and self.freeze:
             refuse(
                 "E-FREEZE-ADAPTER",
@@ -125,3 +155,39 @@ class CausalLM(Node):
                 found="quant, adapter, tokenizer or revision beside Fresh",
                 remedy="remove them",
             )
+
+
+def check_speed(model: CausalLM) -> None:
+    """Refuses ways to a faster step that exclude each other."""
+    if model.compile and model.kernels == "liger":
+        refuse(
+            "E-COMPILE-KERNELS",
+            "compiled layers are fused already",
+            found='compile=True, kernels="liger"',
+            fits="one of them",
+            remedy='kernels="torch"',
+        )
+    if model.compile and model.attention.startswith("flash"):
+        refuse(
+            "E-COMPILE-ATTENTION",
+            "this attention would be compiled anew for each row",
+            found=f'compile=True, attention="{model.attention}"',
+            fits='attention="auto"',
+            remedy='attention="auto", or compile=False',
+        )
+    if model.compile and model.tiled_mlp is not None:
+        refuse(
+            "E-COMPILE-TILED",
+            "an MLP that is taken in tiles is not compiled",
+            found=f"compile=True, tiled_mlp={model.tiled_mlp}",
+            fits="one of them",
+            remedy="tiled_mlp=None, or compile=False",
+        )
+    if model.fp8 and (model.quant is not None or model.dtype != "bfloat16" or not model.compile):
+        refuse(
+            "E-FP8",
+            "8-bit products are taken of bfloat16 weights, in compiled layers",
+            found=f"quant={'NF4()' if model.quant else None}, dtype={model.dtype!r}, compile={model.compile}",
+            fits='quant=None, dtype="bfloat16", compile=True',
+            remedy="set these, or fp8=False",
+        )

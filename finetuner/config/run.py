@@ -45,6 +45,11 @@ class AdamW(Node):
     """Learning rates of parts by name pattern (`fnmatch`); the first match counts: {"*embed*": 1e-5}."""
     bits: Literal[32, 8] = 32
     """8 keeps the moments in 8 bits, through bitsandbytes (CUDA)."""
+    paged: bool = False
+    """Moments move to the host's memory when the GPU's is short, through bitsandbytes (CUDA)."""
+    lora_plus: Annotated[float, Field(gt=0)] | None = None
+    """How many times the rate the B matrices of adapters learn at, such as 16 (LoRA+, arXiv:2402.12354). A pattern of
+    `rates` counts first."""
 
 
 @node
@@ -142,6 +147,9 @@ class Saves(Node):
     """None: only at the end."""
     keep: Positive = 2
     """The newest ones that stay; the best one, with `Eval`, stays besides."""
+    background: bool = True
+    """A step waits only for a copy of what is saved, in host memory: up to 12 bytes a trained weight. False: for the
+    disk. What is written, and when the run ends, is the same."""
 
 
 @node
@@ -175,5 +183,13 @@ class Run(Node):
     """Hours after which the run saves and ends; the same command goes on from there."""
 
     def __post_init__(self) -> None:
+        if self.optim.lora_plus is not None and self.model.adapter is None:
+            refuse(
+                "E-OPTIM-PLUS",
+                "LoRA+ is for adapters, and the run trains the weights themselves",
+                found=f"optim.lora_plus={self.optim.lora_plus:g} without an adapter",
+                fits="model.adapter=LoRA()",
+                remedy="add the adapter, or optim.lora_plus=None",
+            )
         if self.eval is not None and self.eval.fraction is not None and isinstance(self.data, Mix):
             refuse("E-EVAL", "a fraction is held out of one data set, not of a Mix", remedy="give Eval(data=...)")

@@ -1,6 +1,6 @@
 """`collate`: packs -> the `Batch` that a model is given, one row long.
 
-T: tokens of the row. There is no padding: several packs make a longer row.
+T: tokens of the row; S: its slices of documents. There is no padding: several packs make a longer row.
 """
 
 from __future__ import annotations
@@ -18,28 +18,30 @@ from finetuner.data.samples import Samples
 def collate(samples: Samples, packs: Packs, numbers: Sequence[int]) -> Batch:
     """The packs of these numbers, one after another; for none, one token that teaches nothing, so that a rank without
     packs takes part in the step all the same."""
-    slices = [number for pack in numbers for number in range(packs.bounds[pack], packs.bounds[pack + 1])]
-    if not slices:
-        return _batch(np.zeros(1, np.int64), np.full(1, IGNORED), np.zeros(1, np.int64), (1,), ())
-    starts, stops, rows = (part[slices].tolist() for part in (packs.starts, packs.stops, packs.rows))
-    lengths = tuple(stop - start for start, stop in zip(starts, stops))
-    signed_T = np.empty(sum(lengths), np.int64)
-    next_T = np.full(sum(lengths), -1, np.int64)
-    at = 0
-    for start, stop, row in zip(starts, stops, rows):
-        # A document that goes on after its slice lends the token after it, as the last place's target.
-        read = samples.read(start, min(stop + 1, int(samples.stops[row])))
-        signed_T[at : at + stop - start] = read[: stop - start]
-        next_T[at : at + len(read) - 1] = read[1:]
-        at += stop - start
-    tokens_T = np.where(signed_T < 0, ~signed_T, signed_T)
-    targets_T = np.where(next_T < 0, IGNORED, next_T)
-    positions_T = np.concatenate([np.arange(length) for length in lengths])
-    return _batch(tokens_T, targets_T, positions_T, lengths, tuple(rows))
+    slices = [np.arange(packs.bounds[pack], packs.bounds[pack + 1]) for pack in numbers]
+    chosen_S = np.concatenate(slices) if slices else np.zeros(0, np.int64)
+    if not len(chosen_S):
+        return _batch(np.zeros(1, np.int64), np.full(1, -1), np.zeros(1, np.int64), (1,), ())
+    starts_S, stops_S, rows_S = packs.starts[chosen_S], packs.stops[chosen_S], packs.rows[chosen_S]
+    lengths_S = stops_S - starts_S
+    ends_S = np.cumsum(lengths_S)
+    positions_T = np.arange(ends_S[-1]) - np.repeat(ends_S - lengths_S, lengths_S)
+    signed_T = samples.at(positions_T + np.repeat(starts_S, lengths_S))
+    next_T = np.empty_like(signed_T)
+    next_T[:-1] = signed_T[1:]
+    next_T[ends_S - 1] = -1
+    # A document that goes on after its slice lends the token after it, as the last place's target.
+    goes_on_S = stops_S < samples.stops[rows_S]
+    if goes_on_S.any():
+        next_T[ends_S[goes_on_S] - 1] = samples.at(stops_S[goes_on_S])
+    return _batch(signed_T, next_T, positions_T, tuple(lengths_S.tolist()), tuple(rows_S.tolist()))
 
 
-def _batch(
-    tokens_T: Ints, targets_T: Ints, positions_T: Ints, lengths: tuple[int, ...], rows: tuple[int, ...]
-) -> Batch:
+def _batch(signed_T: Ints, next_T: Ints, positions_T: Ints, lengths: tuple[int, ...], rows: tuple[int, ...]) -> Batch:
+    """The batch of stored tokens: the id, or ~id, which as a target is none."""
+    tokens_T = signed_T ^ (signed_T >> 63)
+    no_target_T = next_T < 0
+    targets_T = np.where(no_target_T, IGNORED, next_T)
     tokens_1T, targets_1T, positions_1T = (torch.from_numpy(x)[None] for x in (tokens_T, targets_T, positions_T))
-    return Batch(tokens_1T, targets_1T, positions_1T, lengths, rows, int((targets_T != IGNORED).sum()))
+    learned = len(next_T) - int(np.count_nonzero(no_target_T))
+    return Batch(tokens_1T, targets_1T, positions_1T, lengths, rows, learned)

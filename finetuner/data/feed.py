@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from finetuner.data.batch import Batch
 from finetuner.data.collate import collate
 from finetuner.data.packs import Packs
@@ -30,11 +33,13 @@ class Feed:
         """Places with a target in the whole step, over all ranks."""
         return self.plan.learned(step)
 
-    def tokens(self, step: int) -> int:
-        """Tokens of the whole step, over all ranks."""
+    def lengths(self, step: int) -> npt.NDArray[np.int64]:
+        """Tokens of each document of the whole step, over all ranks."""
         packs = self.plan.packs
-        bounds = [(packs.bounds[row], packs.bounds[row + 1]) for row in self.plan.rows(step)]
-        return sum(int((packs.stops[a:b] - packs.starts[a:b]).sum()) for a, b in bounds)
+        slices = [np.arange(packs.bounds[row], packs.bounds[row + 1]) for row in self.plan.rows(step)]
+        chosen = np.concatenate(slices)
+        lengths: npt.NDArray[np.int64] = packs.stops[chosen] - packs.starts[chosen]
+        return lengths
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of the step."""

@@ -53,6 +53,11 @@ class Packs:
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
+    def lengths(self, pack: int) -> Ints:
+        """Tokens of each slice of a pack."""
+        slices = slice(self.bounds[pack], self.bounds[pack + 1])
+        return self.stops[slices] - self.starts[slices]
+
 
 @dataclass(frozen=True, slots=True)
 class _Slices:

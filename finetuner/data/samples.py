@@ -76,6 +76,18 @@ class Samples:
             start, stop = start - len(stream), stop - len(stream)
         raise IndexError(start)
 
+    def at(self, places_T: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The stored tokens at these places."""
+        if len(self.streams) == 1:
+            return self.streams[0][places_T].astype(np.int64)
+        bounds = np.cumsum([len(stream) for stream in self.streams])
+        stream_T = np.searchsorted(bounds, places_T, side="right")
+        signed_T = np.empty(len(places_T), np.int64)
+        for number in np.unique(stream_T):
+            here_T = stream_T == number
+            signed_T[here_T] = self.streams[number][places_T[here_T] - bounds[number] + len(self.streams[number])]
+        return signed_T
+
     def take(self, numbers: npt.NDArray[np.int64]) -> Samples:
         """The samples of these numbers, in this order; the tokens are shared."""
         names = ("starts", "stops", "learned", "origins", "whole")

@@ -3,7 +3,7 @@
 - Each epoch takes every pack once, in an order of its own, and ends with a short step if `total` does not divide it:
   no step takes packs of two epochs.
 - The order knows nothing of ranks: the packs of a step are the same on any number of them.
-- Every rank gets the same number of micro-batches; where packs run out, an empty one.
+- Every rank gets the same number of micro-batches, of about the same work; where packs run out, an empty one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import assert_never
 
 from finetuner.config.run import BatchSize, Epochs, Steps
+from finetuner.data.deal import cost, deal
 from finetuner.data.order import permutation
 from finetuner.data.packs import Packs
 from finetuner.errors import ConfigError, Problem
@@ -55,11 +56,15 @@ class Plan:
         return tuple(order[index * self.total : (index + 1) * self.total].tolist())
 
     def micro_batches(self, step: int, rank: int, world: int, per_device: int) -> list[tuple[int, ...]]:
-        """The step's packs that a rank takes, one micro-batch after another."""
+        """The step's packs that a rank takes, one micro-batch after another.
+
+        One rank takes them as they come; several so that each has as much to do: see `deal`.
+        """
         rows = self.rows(step)
-        count = -(-len(rows) // (world * per_device))
-        starts = [(index * world + rank) * per_device for index in range(count)]
-        return [rows[start : start + per_device] for start in starts]
+        if world == 1:
+            return [rows[start : start + per_device] for start in range(0, len(rows), per_device)]
+        dealt = deal([cost(self.packs.lengths(row)) for row in rows], world, per_device)
+        return [tuple(rows[place] for place in cell) for cell in dealt[rank]]
 
     def learned(self, step: int) -> int:
         """Learned places of the whole step, over all ranks."""

@@ -12,15 +12,16 @@ from typing import Protocol
 from torch import Tensor
 
 from finetuner.data.batch import Batch
+from finetuner.engine.state import State
 from finetuner.model.causal_lm import CausalLearner
 
 
 class NonFinite(Exception):
-    """A gradient's norm is not a number or infinite; the update was not applied. `where` names parameters."""
+    """The loss or the gradient's norm of step `step` is not a number or infinite; no update was made since."""
 
-    def __init__(self, norm: float, where: str) -> None:
-        super().__init__(f"the gradient's norm is {norm} ({where})")
-        self.norm, self.where = norm, where
+    def __init__(self, step: int, loss: float, norm: float) -> None:
+        super().__init__(f"step {step}: loss {loss}, gradient's norm {norm}")
+        self.step, self.loss, self.norm = step, loss, norm
 
 
 class Engine(Protocol):
@@ -36,18 +37,32 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, factor: float) -> float:
+    def step(self, number: int, factor: float, loss: Tensor) -> Tensor:
         """Clips, updates with each group's rate times `factor`, clears the gradients; gives the norm before clipping.
 
+        `number` counts from 0; `loss` is the step's mean over all ranks, float64. Neither is waited for.
+
         Raises:
-            NonFinite: before anything was updated.
+            NonFinite: of this step or an earlier one; the weights are those before it.
         """
         ...
 
-    def save(self, folder: Path) -> None:
-        """Writes trained weights in full precision and the optimizer's state, by name."""
+    def settle(self) -> None:
+        """Waits for the steps that are under way.
+
+        Raises:
+            NonFinite: one of them was not finite.
+        """
+        ...
+
+    def suspects(self) -> str:
+        """Names of parameters whose gathered gradient is not finite; clears the gradients."""
+        ...
+
+    def state(self) -> State:
+        """Trained weights in full precision and the optimizer's state, by name: the live tensors."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, bit for bit."""
+        """Restores what `write_state` wrote of a `state`, bit for bit."""
         ...

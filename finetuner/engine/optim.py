@@ -1,6 +1,7 @@
 """AdamW over named parameters: which of them decay, and at which rate each part learns.
 
 - Norms, biases and embeddings do not decay: decided by the kind of the parameter, not by its name.
+- LoRA+ and rates of parts are groups of one optimizer: they cost nothing.
 - The optimizer is made of named parameters, so that its state is kept and restored by name.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -50,20 +52,58 @@ def groups(model: nn.Module, trainable: Iterable[tuple[str, nn.Parameter]], opti
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     parted: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in named:
-        rate = next((rate for pattern, rate in optim.rates.items() if fnmatchcase(name, pattern)), optim.lr)
         decays = parameter.ndim >= 2 and id(parameter) not in embeddings
-        parted.setdefault((rate, optim.weight_decay if decays else 0.0), []).append((name, parameter))
+        parted.setdefault((rate_of(name, optim), optim.weight_decay if decays else 0.0), []).append((name, parameter))
     return [Group(rate, decay, tuple(members)) for (rate, decay), members in parted.items()]
+
+
+def rate_of(name: str, optim: AdamW) -> float:
+    """At which rate the parameter learns: that of the first pattern; LoRA+'s for a B matrix; else the run's.
+
+    In an adapter W + s B A, B starts at 0 and wants the greater rate (Hayou et al. 2024, arXiv:2402.12354).
+    """
+    named = (rate for pattern, rate in optim.rates.items() if fnmatchcase(name, pattern))
+    greater = optim.lora_plus if optim.lora_plus is not None and ".lora_B." in name else 1.0
+    return next(named, optim.lr * greater)
+
+
+def check_optimizer(optim: AdamW, device: torch.device) -> None:
+    """Refuses moments that `device` cannot hold as asked.
+
+    Raises:
+        ConfigError: E-OPTIM-8BIT or E-OPTIM-PAGED without CUDA, E-EXTRA without bitsandbytes.
+    """
+    if not asks_for_bitsandbytes(optim):
+        return
+    if device.type != "cuda":
+        code, what, field, fits = ("E-OPTIM-8BIT", "8-bit moments need CUDA", "optim.bits", "32")
+        if optim.bits != 8:
+            code, what, field, fits = (
+                "E-OPTIM-PAGED",
+                "moments are paged between a GPU and its host",
+                "optim.paged",
+                "False",
+            )
+        raise ConfigError(Problem(code, what, field, f"device {device}", fits, f"{field}={fits}"))
+    if find_spec("bitsandbytes") is None:
+        found, remedy = f"bits={optim.bits}, paged={optim.paged}", "pip install 'finetuner[quant]', or leave them out"
+        raise ConfigError(Problem("E-EXTRA", "bitsandbytes is not installed", "optim", found, remedy=remedy))
+
+
+def asks_for_bitsandbytes(optim: AdamW) -> bool:
+    """Whether torch's own AdamW does not do."""
+    return optim.bits == 8 or optim.paged
 
 
 def build_optimizer(parted: list[Group], optim: AdamW, device: torch.device) -> Optimizer:
     """An AdamW whose groups carry their full rate as "rate"; the loop multiplies it with the schedule's factor.
 
     Raises:
-        ConfigError: 8-bit moments without CUDA.
+        ConfigError: see `check_optimizer`.
     """
-    if optim.bits == 8:
-        return eight_bit(parted, optim, device)
+    check_optimizer(optim, device)
+    if asks_for_bitsandbytes(optim):
+        return by_bitsandbytes(parted, optim)
     return torch.optim.AdamW(
         [
             {"params": list(group.named), "lr": group.rate, "rate": group.rate, "weight_decay": group.decay}
@@ -75,25 +115,16 @@ def build_optimizer(parted: list[Group], optim: AdamW, device: torch.device) -> 
     )
 
 
-def eight_bit(parted: list[Group], optim: AdamW, device: torch.device) -> Optimizer:
-    """bitsandbytes' AdamW with 8-bit moments, its groups named as torch names them.
+def by_bitsandbytes(parted: list[Group], optim: AdamW) -> Optimizer:
+    """bitsandbytes' AdamW, its moments in 8 bits or paged or both, its groups named as torch names them."""
+    import bitsandbytes.optim as kinds
 
-    Raises:
-        ConfigError: without CUDA, or without bitsandbytes.
-    """
-    if device.type != "cuda":
-        found = f"device {device}"
-        raise ConfigError(
-            Problem("E-OPTIM-8BIT", "8-bit moments need CUDA", "optim.bits", found, "32", "optim.bits=32")
-        )
-    try:
-        import bitsandbytes
-    except ImportError:
-        remedy = "pip install 'finetuner[quant]', or optim.bits=32"
-        raise ConfigError(
-            Problem("E-EXTRA", "bitsandbytes is not installed", "optim.bits", "8", remedy=remedy)
-        ) from None
-    made: Optimizer = bitsandbytes.optim.AdamW8bit(
+    kind = {
+        (8, False): kinds.AdamW8bit,
+        (8, True): kinds.PagedAdamW8bit,
+        (32, True): kinds.PagedAdamW32bit,
+    }[optim.bits, optim.paged]
+    made: Optimizer = kind(
         [
             {"params": [p for _, p in group.named], "lr": group.rate, "rate": group.rate, "weight_decay": group.decay}
             for group in parted

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,14 +30,23 @@ from finetuner.runtime.fault import fault
 OPTIMIZER, MASTERS, NUMBERS = "optimizer.safetensors", "masters.safetensors", "state.json"
 
 
-def save_state(
-    folder: Path, optimizer: Optimizer, masters: Mapping[str, Tensor], numbers: Mapping[str, Any] = MappingProxyType({})
-) -> None:
-    """Writes the optimizer's state and `masters` into `folder`; `numbers` is JSON that `load_numbers` gives back.
+@dataclass(frozen=True, slots=True)
+class State:
+    """What `write_state` writes; as `state_of` gives it, its tensors are those that training changes."""
 
-    Raises:
-        CheckpointError: a tensor is empty (a shard of ZeRO-3, not the weight) or not finite.
-    """
+    optimizer: str
+    """Its class."""
+    parameters: Mapping[str, Any]
+    """By name: shape, names of the states that are tensors, the other states."""
+    moments: Mapping[str, Tensor]
+    """"exp_avg/NAME" and the like."""
+    masters: Mapping[str, Tensor]
+
+
+def state_of(optimizer: Optimizer, masters: Mapping[str, Tensor]) -> State:
+    """The optimizer's state beside the trained weights, by name."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()  # paged moments lie on the host, and a step that is under way still writes them
     tensors: dict[str, Tensor] = {}
     parameters: dict[str, Any] = {}
     for name, parameter, _ in _named(optimizer):
@@ -49,11 +59,27 @@ def save_state(
             else:
                 single[key] = value
         parameters[name] = {"shape": list(parameter.shape), "states": sorted(states), "numbers": single}
+    return State(type(optimizer).__name__, parameters, tensors, masters)
+
+
+def write_state(folder: Path, state: State, numbers: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Writes `state` into `folder`; `numbers` is JSON that `load_numbers` gives back.
+
+    Raises:
+        CheckpointError: a tensor is empty (a shard of ZeRO-3, not the weight) or not finite.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / OPTIMIZER, tensors)
-    _write(folder / MASTERS, masters)
-    body = {"optimizer": type(optimizer).__name__, "parameters": parameters, "numbers": dict(numbers)}
+    _write(folder / OPTIMIZER, state.moments)
+    _write(folder / MASTERS, state.masters)
+    body = {"optimizer": state.optimizer, "parameters": state.parameters, "numbers": dict(numbers)}
     write_file(folder / NUMBERS, json.dumps(body, indent=1).encode())
+
+
+def save_state(
+    folder: Path, optimizer: Optimizer, masters: Mapping[str, Tensor], numbers: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """`write_state` of the state as it stands now."""
+    write_state(folder, state_of(optimizer, masters), numbers)
 
 
 def load_state(folder: Path, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -78,7 +104,7 @@ def load_state(folder: Path, optimizer: Optimizer) -> dict[str, Tensor]:
     _same_names(folder, "parameters", saved, [name for name, _, _ in named])
     expected = [f"{key}/{name}" for name, entry in saved.items() for key in entry["states"]]
     _same_names(folder, "states", tensors, expected)
-    _even(folder, saved)
+    _even(folder, saved, tensors)
     for name, parameter, _ in named:
         if list(parameter.shape) != saved[name]["shape"]:
             raise _shape(folder, name, saved[name]["shape"], list(parameter.shape))
@@ -91,14 +117,14 @@ def load_state(folder: Path, optimizer: Optimizer) -> dict[str, Tensor]:
                 raise _shape(folder, f"{key}/{name}", list(value.shape), list(parameter.shape))
             # torch keeps the step on the CPU, unless the fused or capturable kernel reads it on the device.
             stays = key == "step" and not (group.get("fused") or group.get("capturable"))
-            state[key] = value if stays else value.to(parameter.device)
+            state[key] = value if stays else _placed(optimizer, parameter, key, value)
         if state:
             optimizer.state[parameter] = state
     return read_tensors(folder / MASTERS)
 
 
 def load_numbers(folder: Path) -> dict[str, Any]:
-    """The `numbers` given to `save_state`."""
+    """The `numbers` given to `write_state`."""
     return dict(_json(folder / NUMBERS)["numbers"])
 
 
@@ -189,11 +215,26 @@ def _same_names(where: Path, what: str, saved: Iterable[str], wanted: Iterable[s
         )
 
 
-def _even(where: Path, saved: Mapping[str, Any]) -> None:
-    """Parameters of one optimizer have the same states; one that lacks some lost them."""
-    kinds = {tuple(sorted(entry["states"] + list(entry["numbers"]))) for entry in saved.values()}
+def _placed(optimizer: Optimizer, parameter: torch.nn.Parameter, key: str, value: Tensor) -> Tensor:
+    """`value` on the parameter's device; where bitsandbytes pages the moments, in a page of its own."""
+    if key in ("state1", "state2") and getattr(optimizer, "is_paged", False):
+        page: Tensor = optimizer.get_state_buffer(parameter, dtype=value.dtype)  # type: ignore[attr-defined]
+        return page.copy_(value)
+    return value.to(parameter.device)
+
+
+def _even(where: Path, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Parameters of one optimizer have the same states, those with moments in 8 bits among themselves (bitsandbytes
+    holds small parameters' in float32); one that lacks some lost them."""
+    packed = {name for name in saved if f"state1/{name}" in tensors and tensors[f"state1/{name}"].dtype == torch.uint8}
+    for names in (packed, saved.keys() - packed):
+        _same_states(where, {name: saved[name] for name in names})
+
+
+def _same_states(where: Path, entries: Mapping[str, Any]) -> None:
+    kinds = {tuple(sorted(entry["states"] + list(entry["numbers"]))) for entry in entries.values()}
     wanted = max(kinds, key=len, default=())
-    for name, entry in saved.items():
+    for name, entry in entries.items():
         lost = set(wanted) - set(entry["states"]) - set(entry["numbers"])
         if lost and (entry["states"] or entry["numbers"]):
             raise _problem(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from pathlib import Path
 
 import torch
@@ -12,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from finetuner.config.run import AdamW
 from finetuner.data.batch import Batch
-from finetuner.engine.engine import NonFinite
 from finetuner.engine.optim import build_optimizer, groups
-from finetuner.engine.state import load_state, save_state
+from finetuner.engine.state import State, load_state, state_of
+from finetuner.engine.watch import LAG, Watch
 from finetuner.model.causal_lm import CausalLearner
 from finetuner.runtime.ranks import world
 
@@ -29,6 +28,9 @@ class TorchEngine:
         self._named = learner.trainable()
         self.groups = groups(learner, self._named, optim)
         self.optimizer = build_optimizer(self.groups, optim, device)
+        # Only fused optimizers leave out an update by themselves; with others each verdict is waited for.
+        self._skips = bool(self.optimizer.defaults.get("fused"))
+        self._watch = Watch(device, LAG if self._skips and device.type == "cuda" else 0)
         self._model: nn.Module = learner
         if world() > 1:
             ids = [device] if device.type == "cuda" else None
@@ -41,22 +43,25 @@ class TorchEngine:
             (loss * (world() / learned)).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def step(self, factor: float) -> float:
+    def step(self, number: int, factor: float, loss: Tensor) -> Tensor:
         parameters = [parameter for _, parameter in self._named]
-        total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = float(total)
-        if not math.isfinite(norm):
-            raise NonFinite(norm, self._broken())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._watch.see(number, loss, norm)
         if self._clip is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self._clip, total)
+            nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
+        if self._skips:
+            self.optimizer.found_inf = self._watch.spoiled  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def save(self, folder: Path) -> None:
-        save_state(folder, self.optimizer, self.learner.masters())
+    def settle(self) -> None:
+        self._watch.read()
+
+    def state(self) -> State:
+        return state_of(self.optimizer, self.learner.masters())
 
     def load(self, folder: Path) -> None:
         self.learner.load_masters(load_state(folder, self.optimizer))
@@ -66,7 +71,7 @@ class TorchEngine:
             return self._model.no_sync()
         return contextlib.nullcontext()
 
-    def _broken(self) -> str:
-        """The first parameters whose gradient is not finite (or whose norm overflowed: then none is named)."""
+    def suspects(self) -> str:
         names = [name for name, p in self._named if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+        self.optimizer.zero_grad(set_to_none=True)
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

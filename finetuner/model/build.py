@@ -1,6 +1,7 @@
 """A `CausalLM` of a config -> a learner in memory and its tokenizer.
 
-tokenizer -> weights, with rows for the new tokens -> adapter, or frozen parts -> attention -> checkpointing -> learner
+tokenizer -> weights, with rows for the new tokens -> adapter, or frozen parts -> attention -> learner -> tiles
+-> checkpointing -> compiled layers
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from finetuner.config.model import CausalLM, Fresh
-from finetuner.model import attention
+from finetuner.model import attention, compiled, fp8, kernels
 from finetuner.model.causal_lm import CausalLearner
+from finetuner.model.checkpointing import check_layers, check_offload, set_checkpointing
 from finetuner.model.family import check_family
 from finetuner.model.folder import model_folder, read_config
 from finetuner.model.freeze import freeze
@@ -20,6 +22,7 @@ from finetuner.model.fresh import fresh_config
 from finetuner.model.quiet import quiet
 from finetuner.model.sketch import check_parts
 from finetuner.model.soundness import check_length
+from finetuner.model.tiled import tile, tileable
 from finetuner.model.tokenizer import add_tokens, need_template, read_tokenizer, vocabulary_size
 from finetuner.model.vocabulary import check_rows
 from finetuner.model.weights import compute, load_weights, needs_code, read_hf_config, stored_dtype
@@ -31,11 +34,12 @@ class Built(NamedTuple):
     tokenizer: PreTrainedTokenizerFast
 
 
-def build(model: CausalLM, device: torch.device, *, dialogues: bool) -> Built:
-    """The learner on `device`; `dialogues` says whether a chat template is needed.
+def build(model: CausalLM, device: torch.device, *, dialogues: bool, tokens: int | None = None) -> Built:
+    """The learner on `device`; `dialogues` says whether a chat template is needed, `tokens` how long a row may be.
 
     Raises: ModelError for all that would make the training another one than the config says.
     """
+    check_device(model, device, tokens)
     attention.register()
     tokenizer = checked_tokenizer(model, 1, dialogues=dialogues)
     new_ids = add_tokens(tokenizer, model.new_tokens)
@@ -43,7 +47,14 @@ def build(model: CausalLM, device: torch.device, *, dialogues: bool) -> Built:
     if isinstance(model.path, Fresh) or model.tokenizer is not None:
         check_family(tokenizer, causal.config)
     stored = torch.float32 if isinstance(model.path, Fresh) else stored_dtype(model_folder(model))
+    check_layers(causal, model)
+    if model.tiled_mlp is not None:
+        tileable(causal)
     attends = attention.attention_for(causal, model.attention)
+    if model.kernels == "liger":
+        kernels.use_kernels(causal)
+    if model.fp8:
+        fp8.use_fp8(causal)
     network: torch.nn.Module = causal
     if model.adapter is not None:
         with quiet():
@@ -52,8 +63,6 @@ def build(model: CausalLM, device: torch.device, *, dialogues: bool) -> Built:
     else:
         causal.requires_grad_(True)
         freeze(causal, model.freeze)
-    if model.checkpointing:
-        enable_checkpointing(causal)
     learner = CausalLearner(
         network,
         tokenizer,
@@ -64,7 +73,24 @@ def build(model: CausalLM, device: torch.device, *, dialogues: bool) -> Built:
         neftune=model.neftune,
     )
     learner.train()
+    if model.tiled_mlp is not None:
+        tile(learner, model.tiled_mlp)
+    set_checkpointing(learner, model, tokens)
+    if model.compile:
+        assert tokens is not None, "compiled layers are for rows of one length"
+        learner.compile_for(tokens)
     return Built(learner, tokenizer)
+
+
+def check_device(model: CausalLM, device: torch.device, tokens: int | None) -> None:
+    """Refuses what `device` cannot do, before anything is read; rows are up to `tokens` long.
+
+    Raises: ConfigError, ModelError.
+    """
+    check_offload(model, device)
+    compiled.check_compile(model, device)
+    fp8.check_fp8(model, device, tokens)
+    kernels.check_kernels(model, device)
 
 
 def checked_tokenizer(model: CausalLM, length: int, *, dialogues: bool) -> PreTrainedTokenizerFast:
@@ -87,15 +113,3 @@ def checked_tokenizer(model: CausalLM, length: int, *, dialogues: bool) -> PreTr
     if not isinstance(model.path, Fresh):
         check_rows(vocabulary_size(tokenizer), config.get_text_config().vocab_size)
     return tokenizer
-
-
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Lets `model` recompute its layers in the backward pass.
-
-    Without reentrance: frozen embeddings need not require gradients for the adapters behind them to get theirs.
-    """
-    options = {"use_reentrant": False}
-    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # transformers 5.2x's name of it
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(options)

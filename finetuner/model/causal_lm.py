@@ -12,8 +12,10 @@ Shapes: T tokens of the row, N learned places, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from finetuner.data.batch import IGNORED, Batch
 from finetuner.errors import ModelError, Problem
-from finetuner.model import account, attention, save
-from finetuner.model.head import loss_sum, whole_loss_sum
+from finetuner.model import account, attention, compiled, save
+from finetuner.model.head import log_probs, loss_sum, whole_log_probs, whole_loss_sum
+from finetuner.model.sizes import missing
 from finetuner.model.soundness import first_line
 
 
@@ -46,6 +49,8 @@ class CausalLearner(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.adapted, self.attends, self.compute, self.stored, self.neftune = adapted, attends, compute, stored, neftune
+        self.row: int | None = None
+        """Tokens of every training row, where the layers are compiled."""
         try:
             self.causal.set_attn_implementation(attends)
         except (ValueError, ImportError) as error:
@@ -72,8 +77,23 @@ class CausalLearner(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the cross entropy over the learned places, a float32 scalar."""
-        if batch.learned == 0:
-            return self.nothing()
+        return self.nothing() if batch.learned == 0 else self.learned(batch, each=False)
+
+    def log_probs(self, batch: Batch) -> Tensor:
+        """Log-probability of each learned token, in the row's order: N of float32."""
+        return self.nothing().expand(0) if batch.learned == 0 else self.learned(batch, each=True)
+
+    def learned(self, batch: Batch, *, each: bool) -> Tensor:
+        """As `log_probs`, or as `forward`, of a row in which something is learned."""
+        if self.row is not None and self.training:
+            return self.at_places(compiled.fill_row(batch, self.row), each=each)
+        size = sum(batch.lengths)
+        with self.uncompiled():
+            filled = compiled.fill_row(batch, size + missing(size, self.device, self.compute))
+            return self.at_places(filled, each=each)
+
+    def at_places(self, batch: Batch, *, each: bool) -> Tensor:
+        """As `learned`, the layers compiled or not as they are now."""
         device = self.device
         targets_T = batch.targets_1T[0].to(device, non_blocking=True).long()
         # Of a size known beforehand: to ask a GPU how many places there are would wait for it.
@@ -83,14 +103,16 @@ class CausalLearner(nn.Module):
             given = self.inputs(batch.tokens_1T.to(device, non_blocking=True).long(), batch)
             if not self.has_plain_head:
                 logits_1NV = self.causal(**given, logits_to_keep=places_N).logits
-                return whole_loss_sum(logits_1NV[0], targets_N)
+                return (whole_log_probs if each else whole_loss_sum)(logits_1NV[0], targets_N)
             hidden_1TD = self.causal.base_model(**given).last_hidden_state
-            return loss_sum(self.causal.get_output_embeddings(), hidden_1TD[0, places_N], targets_N, self.compute)
+            score = log_probs if each else loss_sum
+            return score(self.causal.get_output_embeddings(), hidden_1TD[0, places_N], targets_N, self.compute)
 
     def inputs(self, tokens_1T: Tensor, batch: Batch) -> dict[str, Any]:
         """What transformers' forward takes. Neither mask nor cache: with one, packed documents would be mixed."""
         positions_1T = batch.positions_1T.to(tokens_1T.device, non_blocking=True).long()
-        given = {"position_ids": positions_1T, "use_cache": False, **attention.arguments(self.attends, batch.lengths)}
+        documents = attention.arguments(self.attends, batch.lengths, tokens_1T.device)
+        given = {"position_ids": positions_1T, "use_cache": False, **documents}
         if self.neftune is None or not self.training:
             return given | {"input_ids": tokens_1T}
         embedded_1TD = self.causal.get_input_embeddings()(tokens_1T)
@@ -105,27 +127,54 @@ class CausalLearner(nn.Module):
     def prove(self) -> bool:
         """Whether the head is a plain function of the hidden state; tries out, too, that documents are kept apart.
 
-        Raises: ModelError where the words of one document move another one.
+        Where the model asks for more than our attention does, it goes transformers' own way from here on.
+
+        Raises: ModelError where a document comes out otherwise behind another one than at the beginning of a row.
         """
-        device, causal = self.device, self.causal
-        tokens_1T = torch.arange(6, device=device)[None]
-        other_1T = torch.where(tokens_1T < 3, tokens_1T + 3, tokens_1T)
-        positions_1T = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
-        given = {"position_ids": positions_1T, "use_cache": False, **attention.arguments(self.attends, (3, 3))}
+        causal = self.causal
         with self.evaluating(), self.autocast():
-            one_1TD = causal.base_model(input_ids=tokens_1T, **given).last_hidden_state
-            two_1TD = causal.base_model(input_ids=other_1T, **given).last_hidden_state
-            logits_1TV = causal.get_output_embeddings()(one_1TD)
-            whole_1TV = causal(input_ids=tokens_1T, **given).logits
-        if moved(one_1TD[:, 3:], two_1TD[:, 3:], self.compute):
-            what = "packed documents would see each other in this model"
-            found = f"{type(causal).__name__} with attention {self.attends}"
-            remedy = 'try attention="eager" or "sdpa", or another model'
-            raise ModelError(Problem("E-ATTENTION-LEAK", what, "model.attention", found, remedy=remedy))
-        return bool(torch.equal(logits_1TV, whole_1TV))
+            try:
+                apart = self.apart()
+            except attention.Unserved as reason:
+                self.attends = attention.instead(causal, str(reason))
+                causal.set_attn_implementation(self.attends)
+                apart = self.apart()
+            if not apart:
+                what = "packed documents would not be kept apart in this model"
+                found = f"{type(causal).__name__} with attention {self.attends}"
+                remedy = 'try attention="eager" or "sdpa", or another model'
+                raise ModelError(Problem("E-ATTENTION-LEAK", what, "model.attention", found, remedy=remedy))
+            if causal.base_model is causal:
+                return False
+            given = self.trial()
+            logits_1TV = causal.get_output_embeddings()(causal.base_model(**given).last_hidden_state)
+            return bool(torch.equal(logits_1TV, causal(**given).logits))
+
+    def apart(self) -> bool:
+        """Whether documents move neither each other nor each other's positions: the same in both places of a row."""
+        one_1TV, other_1TV = (self.causal(**self.trial(turned=turned)).logits for turned in (False, True))
+        return not moved(one_1TV[:, 3:], other_1TV[:, :3], self.compute)
+
+    def trial(self, *, turned: bool = False) -> dict[str, Any]:
+        """What the model takes for a row of two documents of three words, or the other one first."""
+        embedding, device = self.causal.get_input_embeddings(), self.device
+        # From the middle of the vocabulary: at its ends stand tokens that may be nothing to the model, as padding is.
+        tokens_1T = torch.arange(6, device=device)[None].roll(3 if turned else 0, 1) + len(embedding.weight) // 2
+        positions_1T = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
+        given = {"input_ids": tokens_1T, "position_ids": positions_1T, "use_cache": False}
+        return given | attention.arguments(self.attends, (3, 3), device)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32)
+
+    def compile_for(self, row: int, backend: str = "inductor") -> None:
+        """Compiles the decoder layers for training rows, which are filled up to `row` tokens from here on."""
+        compiled.compile_layers(self.causal, self.attends, row, backend)
+        self.row = row
+
+    def uncompiled(self) -> AbstractContextManager[None]:
+        """In the block, compiled layers run as they were written."""
+        return contextlib.nullcontext() if self.row is None else torch.compiler.set_stance("force_eager")
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -145,7 +194,7 @@ class CausalLearner(nn.Module):
         own = attention.transformers_own(causal) if self.attends == attention.NAME else self.attends
         causal.set_attn_implementation(own)
         try:
-            with self.evaluating(), torch.no_grad(), self.autocast():
+            with self.evaluating(), self.uncompiled(), torch.no_grad(), self.autocast():
                 yield causal
         finally:
             causal.set_attn_implementation(self.attends)
@@ -181,22 +230,45 @@ class CausalLearner(nn.Module):
         for name, parameter in own.items():
             parameter.copy_(values[name])
 
+    def changing(self) -> dict[str, Tensor]:
+        """What training may change of what `save` writes, by name: the live tensors, `masters` among them."""
+        return save.changing(self.model, adapted=self.adapted)
+
     def save(self, folder: Path) -> None:
         """Writes a folder that transformers, or peft, loads: weights, tokenizer, template, generation config."""
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.adapted:
-            save.adapter(self.model, folder)
-        else:
-            save.whole(self.causal, folder, self.stored)
-        save.generation(self.causal, self.tokenizer, folder)
-        save.tokenizer(self.tokenizer, folder)
-        save.readable(folder)
+        self.saver(self.changing())(folder)
+
+    def saver(self, values: Mapping[str, Tensor]) -> Callable[[Path], None]:
+        """What does as `save` with these `values` of `changing`, at any time and in any thread.
+
+        If they are copies, nothing that training or answering does meanwhile is seen in the folder.
+        """
+        still, beside = save.still(self.model, adapted=self.adapted), self.beside
+
+        def write(folder: Path) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.adapted:
+                save.adapter(still, folder, values)
+            else:
+                save.whole(still, folder, self.stored, values)
+            for name, data in beside.items():
+                (folder / name).write_bytes(data)
+            save.readable(folder)
+
+        return write
+
+    @functools.cached_property
+    def beside(self) -> Mapping[str, bytes]:
+        """The files beside the weights, by name. Made once: they are always the same, and no thread must make them
+        while another asks the tokenizer."""
+        return save.beside(self.causal, self.tokenizer)
 
 
-def moved(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two results differ by more than rounding: another document in a kernel's group may cost a last bit."""
-    scale = one.float().norm()
-    return bool((one.float() - other.float()).norm() > torch.finfo(dtype).eps ** 0.5 * scale)
+def moved(one_1TV: Tensor, other_1TV: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a place differs by more than rounding: another document in a kernel's group may cost a last bit."""
+    one, other = one_1TV.float(), other_1TV.float()
+    apart_1T = (one - other).norm(dim=-1) / one.norm(dim=-1)
+    return bool((apart_1T > torch.finfo(dtype).eps ** 0.625).any())
 
 
 def noise(embedded_1TD: Tensor, lengths: tuple[int, ...], alpha: float) -> Tensor:

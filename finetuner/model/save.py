@@ -2,16 +2,21 @@
 
 - Float32 masters are cast to the dtype of the model that training began with; ties stay ties.
 - Config and tokenizer are written for older readers too: see `portable.py`.
+- A folder can be written by another thread while training goes on: of what trains it takes the values that it is
+  given, of what answering changes the state at which `still` was called.
 - The token that ends an answer travels in generation_config.json, so that others stop where training stopped.
 """
 
 from __future__ import annotations
 
+import copy
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from finetuner.errors import ModelError, Problem
@@ -22,45 +27,81 @@ from finetuner.model.soundness import not_finite, some
 from finetuner.model.tokenizer import stop_ids
 
 
-def whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """The model's weights in `dtype`, and its config.
+def changing(model: nn.Module, *, adapted: bool) -> dict[str, Tensor]:
+    """What training may change of what is saved, by name: trained parameters and the buffers saved along with them."""
+    buffers = dict(model.named_buffers())
+    if adapted:
+        saved = {name: buffer for name, buffer in buffers.items() if ".modules_to_save." in name}
+    else:
+        saved = {name: tensor for name, tensor in model.state_dict().items() if name in buffers}
+    return saved | {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def still(model: Any, *, adapted: bool) -> Any:
+    """The model with configs of its own, for `whole` or `adapter`: what answering changes meanwhile is not seen there.
+
+    Everything else it shares with `model`, which is not touched.
+    """
+    twin = copy.copy(model)
+    if adapted:
+        twin._modules = {**model._modules, "base_model": copy.copy(model.base_model)}
+        # No deep copies: they would shuffle the sets that adapter_config.json lists.
+        twin.base_model.peft_config = {name: copy.copy(own) for name, own in model.base_model.peft_config.items()}
+    else:
+        twin.config, twin.generation_config = copy.deepcopy(model.config), GenerationConfig()
+    return twin
+
+
+def whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype, values: Mapping[str, Tensor]) -> None:
+    """The weights in `dtype`, and the config, of a model that `still` gave; of what trains the `values`, by name.
 
     Raises: ModelError where a weight is no finite number, or too large for `dtype`.
     """
+    own = model.state_dict()
+    given = {place(own[name]): value for name, value in values.items()}
     cast: dict[tuple[int, torch.Size], Tensor] = {}
     state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        place = tensor.data_ptr(), tensor.shape  # the same for tied matrices
-        if place not in cast:
-            cast[place] = tensor.to("cpu", dtype if tensor.is_floating_point() else None)
-        state[name] = cast[place]
+    for name, tensor in own.items():
+        if place(tensor) not in cast:
+            value = given.get(place(tensor), tensor)
+            cast[place(tensor)] = value.to("cpu", dtype if value.is_floating_point() else None)
+        state[name] = cast[place(tensor)]
     wrong = not_finite(state.items())
     if wrong:
         what = "weights are no finite numbers, or none that fit the model's dtype; nothing is saved"
         remedy = "start from a bfloat16 or float32 copy of the model" if dtype == torch.float16 else "lower optim.lr"
         raise ModelError(Problem("E-SAVE-NAN", what, str(folder), f"{dtype}: {some(wrong)}", remedy=remedy))
-    kept, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        with quiet():
-            model.save_pretrained(folder, state_dict=state)
-    finally:
-        model.generation_config = kept
+    with quiet():
+        model.save_pretrained(folder, state_dict=state)
     # transformers notes the masters' float32
     write_json(folder / "config.json", portable_config(read_json(folder / "config.json"), dtype))
 
 
-def adapter(model: Any, folder: Path) -> None:
-    """The adapter's float32 weights and its config, by peft.
+def place(tensor: Tensor) -> tuple[int, torch.Size]:
+    """Where it lies: the same for tied matrices."""
+    return tensor.data_ptr(), tensor.shape
+
+
+def adapter(model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
+    """The adapter's float32 weights, which are `values`, and its config, by peft; `model` is one that `still` gave.
 
     Raises: ModelError where a weight is no finite number.
     """
-    wrong = not_finite((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    wrong = not_finite(values.items())
     if wrong:
         what = "adapter weights are no finite numbers; nothing is saved"
         raise ModelError(Problem("E-SAVE-NAN", what, str(folder), some(wrong), remedy="lower optim.lr"))
     with quiet():
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, state_dict=dict(values), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # a form that peft leaves to be filled in
+
+
+def beside(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
+    """The files beside the weights, by name: tokenizer, template, generation config."""
+    with tempfile.TemporaryDirectory(prefix="finetuner-") as folder:
+        generation(model, tokenizer, Path(folder))
+        write_tokenizer(tokenizer, [Path(tokenizer.name_or_path)], Path(folder))
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
 def generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -71,11 +112,6 @@ def generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folde
     # came of config.json: transformers would then make it again from there, and lose the ends.
     written = {name: value for name, value in values.to_diff_dict().items() if name != "_from_model_config"}
     write_json(folder / "generation_config.json", written)
-
-
-def tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """The tokenizer with its template."""
-    write_tokenizer(tokenizer, [Path(tokenizer.name_or_path)], folder)
 
 
 def readable(folder: Path) -> None:

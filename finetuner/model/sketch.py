@@ -7,23 +7,29 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from finetuner.config.model import CausalLM
 from finetuner.errors import ModelError, Problem
+from finetuner.model.checkpointing import check_layers
 from finetuner.model.freeze import freeze
 from finetuner.model.quiet import quiet
 from finetuner.model.soundness import first_line
 from finetuner.model.targets import check_names
+from finetuner.model.tiled import tileable
 
 
 def check_parts(model: CausalLM, config: PreTrainedConfig) -> None:
-    """Refuses names of layers and parameters, in the adapter and in `freeze`, that the model does not have.
+    """Refuses what the config asks of parts that the model does not have: adapter, `freeze`, checkpointing, tiles.
 
     Raises: ModelError.
     """
-    if model.adapter is None and not model.freeze:
+    of_layers = type(model.checkpointing) is int or model.offload or model.tiled_mlp is not None
+    if model.adapter is None and not model.freeze and not of_layers:
         return
     sketch = sketch_of(config)
     if model.adapter is not None:
         check_names(sketch, model.adapter)
     freeze(sketch, model.freeze)
+    check_layers(sketch, model)
+    if model.tiled_mlp is not None:
+        tileable(sketch)
 
 
 def sketch_of(config: PreTrainedConfig) -> PreTrainedModel:

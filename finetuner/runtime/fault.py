@@ -1,12 +1,14 @@
 """Fault points: places where a test may end or slow the process, as a power cut or a full disk queue would.
 
 - `FINETUNER_FAULT=rename:3` ends the process, as kill -9 does, at the third pass of "rename"; `*:3` of any point.
+- Passes are counted over all threads: a checkpoint is written by one of its own.
 - `FINETUNER_SLOW=fsync:0.2` sleeps 0.2 s at each pass of "fsync", so that a kill from outside meets it.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import Counter
 from typing import Literal, TypeAlias
@@ -14,6 +16,7 @@ from typing import Literal, TypeAlias
 Point: TypeAlias = Literal["mkdir", "open", "write", "fsync", "rename", "unlink", "link"]
 
 _passes: Counter[str] = Counter()
+_counting = threading.Lock()
 
 
 def fault(point: Point) -> None:
@@ -24,7 +27,8 @@ def fault(point: Point) -> None:
         if name in (point, "*"):
             time.sleep(float(seconds))
     if end is not None:
-        _passes.update((point, "*"))
         name, _, number = end.partition(":")
-        if name in (point, "*") and _passes[name] == int(number):
-            os._exit(137)
+        with _counting:
+            _passes.update((point, "*"))
+            if name in (point, "*") and _passes[name] == int(number):
+                os._exit(137)

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from finetuner.config.run import Run
-from finetuner.data.feed import Feed
 from finetuner.runtime.ranks import is_main
 from finetuner.train.loop import Step
 from finetuner.train.progress import Progress
+from finetuner.train.use import Use
 
 Tracker = Callable[[int, Mapping[str, float]], None]
 
@@ -26,37 +23,44 @@ Tracker = Callable[[int, Mapping[str, float]], None]
 class Metrics:
     """A listener that writes each `log.every`-th step, the first and the last, and whatever else is measured."""
 
-    def __init__(self, run: Run, folder: Path, *, start: int, feed: Feed, trackers: tuple[Tracker, ...] = ()) -> None:
+    def __init__(
+        self,
+        run: Run,
+        folder: Path,
+        *,
+        start: int,
+        steps: int,
+        steps_per_epoch: int,
+        use: Use,
+        trackers: tuple[Tracker, ...] = (),
+    ) -> None:
         self._every = run.log.every.count
         self._rate = run.optim.lr
-        self._steps, self._steps_per_epoch = feed.steps, feed.plan.steps_per_epoch
-        self._trackers = trackers
+        self._steps, self._steps_per_epoch = steps, steps_per_epoch
+        self._use, self._trackers = use, trackers
         self._file = folder / "metrics.jsonl"
-        self._progress = Progress(start, feed.steps) if is_main() else None
-        self._tokens, self._since = 0, time.monotonic()
+        self._progress = Progress(start, steps) if is_main() else None
         if is_main():
             keep_lines(self._file, start)
+        use.begin()
 
     def __call__(self, step: Step) -> bool:
-        self._tokens += step.tokens
+        self._use.add(step)
         if step.number % self._every and step.number not in (1, self._steps):
             if self._progress:
                 self._progress.move(step.number)
             return False
-        now = time.monotonic()
+        figures = step.read()
         record = {
             "step": step.number,
             "epoch": round(step.number / self._steps_per_epoch, 4),
-            "loss": step.loss,
-            "grad_norm": step.norm,
+            "loss": figures.loss,
+            "grad_norm": figures.norm,
             "learning_rate": self._rate * step.factor,
             "tokens": step.tokens,
             "learned_tokens": step.learned,
-            "tokens_per_second": round(self._tokens / max(now - self._since, 1e-9), 1),
-            "memory_gib": round(memory() / 2**30, 3),
         }
-        self._tokens, self._since = 0, now
-        self.note(record)
+        self.note(record | self._use.since_last())
         return False
 
     def note(self, record: Mapping[str, Any]) -> None:
@@ -73,25 +77,16 @@ class Metrics:
 
     def pause(self) -> None:
         """Leaves the time that now passes (an evaluation, a save) out of the tokens per second."""
-        self._paused = time.monotonic()
+        self._use.pause()
 
     def go_on(self) -> None:
         """Ends a pause."""
-        self._since += time.monotonic() - self._paused
+        self._use.go_on()
 
     def close(self) -> None:
         """Ends the progress bar."""
         if self._progress:
             self._progress.close()
-
-
-def memory() -> int:
-    """Peak bytes: of this rank's GPU, or of the process where it trains on the CPU."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def keep_lines(file: Path, step: int) -> None:

@@ -1,26 +1,19 @@
 """What happens at some steps of a run: validation, checkpoints, answers, the early end.
 
-Validate -> is it the best yet, is it time to stop -> save -> link, rotate -> ask. A best step is always a saved one.
+Validate -> is it the best yet, is it time to stop -> save (see `checkpoints.py`) -> ask. A best step is always saved.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from finetuner.config.run import Run, Steps
-from finetuner.engine import checkpoint
-from finetuner.engine.engine import Engine
-from finetuner.model.identity import RECORD
-from finetuner.runtime import dist
 from finetuner.runtime.log import say
-from finetuner.runtime.ranks import is_main
+from finetuner.train.checkpoints import Checkpoints
 from finetuner.train.loop import Step
 from finetuner.train.metrics import Metrics
 
@@ -48,33 +41,33 @@ class Milestones:
     def __init__(
         self,
         run: Run,
-        folder: Path,
-        engine: Engine,
+        checkpoints: Checkpoints,
         metrics: Metrics,
         *,
-        identity: str,
-        base: str | None,
         steps: int,
         standing: Standing,
         halt: Callable[[], bool],
         validate: Callable[[], float] | None,
         ask: Callable[[int], None] | None,
     ) -> None:
-        self._run, self._folder, self._engine, self._metrics = run, folder, engine, metrics
-        self._identity, self._base, self._steps, self._halt = identity, base, steps, halt
+        self._run, self._checkpoints, self._metrics, self._steps, self._halt = run, checkpoints, metrics, steps, halt
         self._validate, self._ask = validate, ask
         self.standing = standing
 
     def __call__(self, step: Step) -> bool:
+        self._checkpoints.check()
         number, last, halt = step.number, step.number == self._steps, self._halt()
         saving = last or halt or due(self._run.save.every, number)
+        validating = self._validate is not None and not halt and self._is_validating(number, saving)
         best = early = False
+        if saving or validating:
+            step.read()  # nothing is judged or kept of a step that was not finite
         self._metrics.pause()
-        if self._validate is not None and not halt and self._is_validating(number, saving):
+        if validating:
             best, early = self._judge(number)
         if saving or best or early:
             self.standing = dataclasses.replace(self.standing, finished=last or early)
-            self._save(number)
+            self._checkpoints.save(number, dataclasses.asdict(self.standing), self.standing.best_step)
         if self._ask is not None and not halt and self._is_asking(number, saving or early):
             self._ask(number)
         self._metrics.go_on()
@@ -99,38 +92,6 @@ class Milestones:
         if early:
             say(f"no better validation loss for {self.standing.waited} evaluations: the run ends at step {number}")
         return self.standing.best_step == number, early
-
-    def _save(self, number: int) -> None:
-        """Commits a checkpoint, then lets the links follow, then deletes what is old."""
-        if is_main():
-            meta = {"run": self._identity, "standing": dataclasses.asdict(self.standing)}
-            path = checkpoint.write(self._folder, number, self._fill, meta)
-            checkpoint.link(self._folder, "last", path)
-            best = self.standing.best_step
-            best_path = self._folder / f"checkpoint-{best}" if best is not None else None
-            if best_path is not None and best_path.is_dir():
-                checkpoint.link(self._folder, "best", best_path)
-            checkpoint.rotate(self._folder, self._identity, self._run.save.keep, best_path)
-        dist.barrier()
-
-    def _fill(self, folder: Path) -> None:
-        self._engine.learner.save(folder)
-        (folder / "state").mkdir()
-        self._engine.save(folder / "state")
-        (folder / RECORD).write_text(json.dumps(self._about(), indent=2), encoding="utf-8")
-
-    def _about(self) -> dict[str, Any]:
-        """What merging and chatting need to know beyond what peft and transformers write."""
-        model = self._run.model
-        template = self._engine.learner.tokenizer.chat_template or ""
-        return {
-            "base": model.path if isinstance(model.path, str) else None,
-            "revision": model.revision,
-            "base_identity": self._base,
-            "quant": None if model.quant is None else "nf4",
-            "dtype": model.dtype,
-            "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
-        }
 
 
 def due(every: Steps | None, number: int) -> bool:

@@ -81,7 +81,7 @@ def is_terminal() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
-SHOWN = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second", "memory_gib")
+SHOWN = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "memory_gib", "data_wait")
 
 
 def figure(name: str, value: float) -> str:
@@ -91,6 +91,8 @@ def figure(name: str, value: float) -> str:
             return f"{value:.2e}"
         case "tokens_per_second":
             return f"{value:,.0f}"
+        case "mfu" | "data_wait":
+            return f"{value:.1%}"
         case "memory_gib":
             return f"{value:.2f}"
         case _:

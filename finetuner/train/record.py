@@ -33,7 +33,12 @@ FREE = (
     "batch.per_device",
     "engine",
     "model.checkpointing",
+    "model.offload",
+    "model.tiled_mlp",
     "model.attention",
+    "model.compile",
+    "model.kernels",
+    "model.fp8",
     "model.path",
     "model.revision",
     "data.source",
@@ -91,6 +96,13 @@ def begin(folder: Path, loaded: Loaded, data: str, base: str | None, *, world: i
     replace(folder / "config.py.txt", mask_source(loaded.source))
     replace(folder / "config.json", json.dumps(to_json(loaded.run), indent=2, ensure_ascii=False) + "\n")
     replace(file, json.dumps(record, indent=2) + "\n")
+
+
+def end(folder: Path, report: Mapping[str, Any]) -> None:
+    """Adds what came of this start to the run's report."""
+    file = folder / "run_report.json"
+    starts = recorded(folder, file.name, "starts")["starts"] if file.exists() else []
+    replace(file, json.dumps({"starts": [*starts, report]}, indent=2) + "\n")
 
 
 def check_same(folder: Path, loaded: Loaded, data: str, base: str | None) -> None:

@@ -10,49 +10,44 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from finetuner.config.data import Data, Dialogues, Mix
 from finetuner.config.load import Loaded
-from finetuner.config.model import Fresh
 from finetuner.config.write import to_json
+from finetuner.data.ahead import Ahead
 from finetuner.data.feed import Feed, validation_batches
 from finetuner.data.packs import pack_samples
 from finetuner.data.report import write_report
-from finetuner.data.samples import Samples, prepare
-from finetuner.data.steps import Plan, accumulation
-from finetuner.engine.build import build_engine
+from finetuner.data.samples import Samples
+from finetuner.data.steps import accumulation
 from finetuner.engine.checkpoint import check_place
 from finetuner.engine.engine import Engine
+from finetuner.engine.optim import check_optimizer
+from finetuner.engine.speed import speed_of
 from finetuner.errors import ConfigError, Problem, UsageError
-from finetuner.model.build import build, checked_tokenizer
-from finetuner.model.folder import model_folder
-from finetuner.model.identity import base_identity
-from finetuner.model.joint import tell_joined_prompt
-from finetuner.model.tokenizer import add_tokens, encoder_spec
-from finetuner.runtime import dist
+from finetuner.model.build import check_device
+from finetuner.model.work import work_of
+from finetuner.runtime import allocator, dist
 from finetuner.runtime.commit import sweep
 from finetuner.runtime.lock import lock
 from finetuner.runtime.log import drop, keep, say
 from finetuner.runtime.ranks import is_main, rank, world
-from finetuner.runtime.seed import seed_all
 from finetuner.train import record, trackers
 from finetuner.train.ask import ask_all
 from finetuner.train.broken import describe_broken
+from finetuner.train.checkpoints import Checkpoints
 from finetuner.train.evaluate import validation_loss
 from finetuner.train.loop import train as loop
 from finetuner.train.metrics import Metrics
 from finetuner.train.milestones import Milestones, Standing
-from finetuner.train.progress import Counting
+from finetuner.train.ready import Clock, Material, engine_of, gather
 from finetuner.train.resume import Resume, find, set_aside
 from finetuner.train.stop import Halt
+from finetuner.train.use import Use
 
 
 def train(loaded: Loaded, *, folder: str | None = None, resume: str = "auto") -> int:
@@ -60,6 +55,8 @@ def train(loaded: Loaded, *, folder: str | None = None, resume: str = "auto") ->
     home = Path(folder or loaded.run.folder or Path("work_dirs") / loaded.name)
     device = dist.choose_device(loaded.run.engine.device)
     check_compute(loaded.run.model.dtype, device)
+    check_device(loaded.run.model, device, loaded.run.data.length * loaded.run.batch.per_device)
+    check_optimizer(loaded.run.optim, device)
     accumulation(loaded.run.batch, world())
     dist.start(device)
     check_same_config(loaded)
@@ -79,6 +76,7 @@ def train(loaded: Loaded, *, folder: str | None = None, resume: str = "auto") ->
             return 0
         handler = keep(home / "logs")
         try:
+            allocator.settle(device.type)
             return perform(loaded, home, found, device)
         finally:
             drop(handler)
@@ -122,75 +120,61 @@ def check_same_config(loaded: Loaded) -> None:
 
 def perform(loaded: Loaded, home: Path, found: Resume | None, device: torch.device) -> int:
     """The run's stages, from the data to the last step."""
-    run = loaded.run
-    tokenizer = checked_tokenizer(run.model, run.data.length, dialogues=has_dialogues(run.data))
-    add_tokens(tokenizer, run.model.new_tokens)
-    samples, held = data_of(loaded, tokenizer)
-    if has_dialogues(run.data):
-        tell_joined_prompt(tokenizer)
-    packs = pack_samples(samples, seed=run.seed)
-    plan = Plan(packs, run.batch.total, run.until, run.seed)
-    identity = identity_of(samples)
-    base = None if isinstance(run.model.path, Fresh) else base_identity(model_folder(run.model))
+    run, clock = loaded.run, Clock()
+    material = gather(run)
+    plan = material.plan
     if found is not None:
-        record.check_same(home, loaded, identity, base)
+        record.check_same(home, loaded, material.identity, material.base)
         if found.step >= plan.steps:
             say(f"already finished: {found.path} is the last of {plan.steps} steps; nothing to do")
             return 0
-    start = found.step if found else 0
     if is_main():
-        record.begin(home, loaded, identity, base, world=world())
-        write_report(samples.report, home)
+        record.begin(home, loaded, material.identity, material.base, world=world())
+        write_report(material.samples.report, home)
     dist.barrier()
-    run_id = record.run_id(home)
-    assert run_id is not None, "the main rank has written it"
-    say(f"{len(samples)} samples in {len(packs)} rows of up to {samples.length} tokens, {packs.report.fill:.1%} full")
-    say(f"{plan.steps} steps, {plan.steps_per_epoch} an epoch" + (f"; going on after step {start}" if start else ""))
-
-    seed_all(run.seed)
-    built = build(run.model, device, dialogues=has_dialogues(run.data))
-    say("; ".join(f"{part}: {kind}" for part, kind in built.learner.dtype_table()))
-    trains = built.learner.what_trains()
-    say(f"{trains.trained:,} of {trains.all:,} parameters train")
-    engine = build_engine(run, built.learner, device)
+    packs, length = plan.packs, material.samples.length
+    say(f"{len(material.samples)} samples in {len(packs)} rows of up to {length} tokens, {packs.report.fill:.1%} full")
+    going_on = f"; going on after step {found.step}" if found else ""
+    say(f"{plan.steps} steps, {plan.steps_per_epoch} an epoch{going_on}")
+    clock.ends("data")
+    engine = engine_of(run, device)
     if found:
         engine.load(found.path / "state")
-    feed = Feed(samples, plan, rank(), world(), run.batch.per_device)
-    return steps(
-        loaded, home, engine, feed, held, built.tokenizer, run_id, base, start, found.standing if found else Standing()
-    )
+    clock.ends("model")
+    return steps(loaded, home, engine, material, found, clock)
 
 
-def steps(
-    loaded: Loaded,
-    home: Path,
-    engine: Engine,
-    feed: Feed,
-    held: Samples | None,
-    tokenizer: Any,
-    run_id: str,
-    base: str | None,
-    start: int,
-    standing: Standing,
-) -> int:
+def steps(loaded: Loaded, home: Path, engine: Engine, material: Material, found: Resume | None, clock: Clock) -> int:
     """The loop with its listeners; gives the exit code."""
-    run = loaded.run
+    run, learner, plan = loaded.run, engine.learner, material.plan
+    start, identity = found.step if found else 0, record.run_id(home)
+    assert identity is not None, "the main rank has written it"
     halt = Halt(home, run.max_runtime)
+    use = Use(work_of(learner.model, learner.causal), speed_of(learner.device, learner.compute))
     tracked = trackers.start(run, home, to_json(run)) if is_main() else ()
-    metrics = Metrics(run, home, start=start, feed=feed, trackers=tracked)
-    ask = functools.partial(ask_all, run.ask, engine.learner, tokenizer, folder=home) if run.ask else None
+    metrics = Metrics(
+        run, home, start=start, steps=plan.steps, steps_per_epoch=plan.steps_per_epoch, use=use, trackers=tracked
+    )
+    ask = functools.partial(ask_all, run.ask, learner, learner.tokenizer, folder=home) if run.ask else None
+    checkpoints = Checkpoints(run, home, engine, identity=identity, base=material.base)
     milestones = Milestones(
-        run, home, engine, metrics, identity=run_id, base=base, steps=feed.steps, standing=standing, halt=halt,
-        validate=validation(engine, held, run.seed) if held is not None else None, ask=ask,
+        run, checkpoints, metrics, steps=plan.steps, standing=found.standing if found else Standing(), halt=halt,
+        validate=validation(engine, material.held, run.seed) if material.held is not None else None, ask=ask,
     )  # fmt: skip
-    broken = functools.partial(describe_broken, home, tokenizer)
+    broken = functools.partial(describe_broken, home, learner.tokenizer)
+    feed = Feed(material.samples, plan, rank(), world(), run.batch.per_device)
     try:
-        with halt.listening():
+        with halt.listening(), checkpoints, Ahead(feed, pinned=learner.device.type == "cuda") as ahead:
             if ask and start == 0 and run.ask and run.ask.every is None:
                 ask(0)
-            loop(engine, feed, run.schedule, (metrics, milestones), start=start, seed=run.seed, broken=broken)
+            use.begin()
+            loop(engine, ahead, run.schedule, (metrics, milestones), start=start, seed=run.seed, broken=broken)
     finally:
         metrics.close()
+    clock.ends("training")
+    if is_main():
+        record.end(home, {"from_step": start, "seconds_by_stage": clock.seconds, **use.whole()})
+    say(f"{use}")
     if halt.exit_code is None:
         say(f"done: {home / 'last'}")
     return halt.exit_code or 0
@@ -200,44 +184,6 @@ def validation(engine: Engine, held: Samples, seed: int) -> Callable[[], float]:
     """What measures the loss on the samples that are held out."""
     packs = pack_samples(held, seed=seed)
     return lambda: validation_loss(engine.learner, validation_batches(held, packs, rank(), world()))
-
-
-def data_of(loaded: Loaded, tokenizer: Any) -> tuple[Samples, Samples | None]:
-    """What is learned from, and what is held out for validation."""
-    run = loaded.run
-    spec = encoder_spec(tokenizer)
-    with contextlib.closing(Counting()) as counting:
-        given = functools.partial(
-            prepare, spec=spec, cache=cache_folder(), seed=run.seed, progress=counting if is_main() else None
-        )
-        samples = given(run.data)
-        if run.eval is None:
-            return samples, None
-        if run.eval.fraction is not None:
-            return samples.hold_out(run.eval.fraction, run.seed)
-        assert run.eval.data is not None
-        return samples, given(run.eval.data)
-
-
-def has_dialogues(data: Data) -> bool:
-    """Whether any part needs a chat template."""
-    parts = [part for part, _ in data.parts] if isinstance(data, Mix) else [data]
-    return any(isinstance(part, Dialogues) for part in parts)
-
-
-def identity_of(samples: Samples) -> str:
-    """What tells these samples from any others: the checksums of the encoded data sets, and which of it is learned."""
-    parts = samples.report.get("parts", [samples.report])
-    digest = hashlib.sha256("+".join(sha for part in parts for sha in part["samples_sha256"]).encode())
-    for bounds in (samples.starts, samples.stops):
-        digest.update(bounds.tobytes())
-    return digest.hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where encoded samples are kept for all runs of this user."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "finetuner" / "samples"
 
 
 def only_run_in(home: Path) -> contextlib.AbstractContextManager[None]:

@@ -130,10 +130,10 @@ REQUIRED = {name: [] for name in NOUNS} | {
     "Hub": ["name"], "Json": ["files"], "Mix": ["parts"], "Parquet": ["files"], "Skip": ["limit"], "Steps": ["count"],
     "Text": ["files"], "Run": ["model", "data", "optim", "batch", "until"],
 }  # fmt: skip
-SAFE: dict[str, list[str]] = {"CausalLM": [], "Mix": [], "Eval": [], "Run": ["model", "optim", "batch", "until"]}
+SAFE: dict[str, list[str]] = {"CausalLM": [], "Mix": [], "Eval": [], "Run": ["model", "batch", "until"]}
 DATA = Dialogues(Json("x"))
 SAFE_VALUES: dict[str, dict[str, Any]] = {
-    "CausalLM": {"path": "x"}, "Eval": {"fraction": 0.5}, "Run": {"data": DATA},
+    "CausalLM": {"path": "x"}, "Eval": {"fraction": 0.5}, "Run": {"data": DATA, "optim": AdamW(1e-4)},
     "Mix": {"parts": ((DATA, 1.0), (Documents(Json("y")), 2.0))},
 }  # fmt: skip
 

@@ -18,10 +18,13 @@ from finetuner.errors import ConfigError
 
 
 class Counted(SimpleNamespace):
-    """As many packs as wanted; pack k has k + 1 learned places."""
+    """As many packs as wanted; pack k has k + 1 learned places, and a document of as many tokens."""
 
     def __len__(self) -> int:
         return len(self.learned)
+
+    def lengths(self, pack: int) -> Any:
+        return self.learned[pack : pack + 1]
 
 
 def plan(packs: int, total: int, until: Steps | Epochs = Epochs(3), seed: int = 0) -> Plan:  # noqa: B008
@@ -60,6 +63,15 @@ def test_the_ranks_share_a_step_and_all_take_part(packs: int, total: int, world:
         assert sorted(row for share in shares for batch in share for row in batch) == sorted(made.rows(step))
         assert all(len(batch) <= per_device for share in shares for batch in share)
         assert made.learned(step) == sum(row + 1 for row in made.rows(step))
+
+
+@pytest.mark.parametrize("per_device", [1, 2, 5])
+def test_one_rank_takes_packs_as_they_come(per_device: int) -> None:
+    made = plan(97, 8)
+    for step in range(made.steps):
+        taken = made.micro_batches(step, 0, 1, per_device)
+        assert [row for batch in taken for row in batch] == list(made.rows(step))
+        assert all(len(batch) == per_device for batch in taken[:-1])
 
 
 def test_an_order_that_knows_the_rank_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

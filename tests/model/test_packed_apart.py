@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
-from model_rig import FAMILIES, folder_of, gradients, learner_of, oracle, row, worst
+from model_rig import CPU, FAMILIES, folder_of, gradients, learner_of, oracle, row, worst
 
-from finetuner.errors import ModelError
+from finetuner.errors import ConfigError, ModelError
 from finetuner.model import attention
+from finetuner.model import documents_apart as module
 from finetuner.model.causal_lm import CausalLearner
 
 LENGTHS = (7, 9, 1, 5)
@@ -66,12 +65,25 @@ def test_a_mask_of_ones_is_caught(family, monkeypatch):
 def test_a_leaking_attention_is_refused_when_the_learner_is_made(tmp_path, monkeypatch):
     """The mutant: documents laid together as one."""
     family = folder_of("llama", tmp_path)
-    together = attention.by_document
+    together = module.by_document
 
     def wrong(query, key, value, documents, window, scaling, dropout):
         return together(query, key, value, (sum(documents),), window, scaling, dropout)
 
-    monkeypatch.setattr(attention, "by_document", wrong)
+    monkeypatch.setattr(module, "by_document", wrong)
+    with pytest.raises(ModelError, match="E-ATTENTION-LEAK"):
+        learner_of(family)
+
+
+def test_positions_that_run_on_are_refused_when_the_learner_is_made(tmp_path, monkeypatch):
+    """The mutant: documents are kept apart, but the second one begins where the first one ended."""
+    family = folder_of("llama", tmp_path)
+    right = CausalLearner.trial
+
+    def wrong(self, *, turned=False):
+        return right(self, turned=turned) | {"position_ids": torch.tensor([[0, 1, 2, 3, 5, 7]])}
+
+    monkeypatch.setattr(CausalLearner, "trial", wrong)
     with pytest.raises(ModelError, match="E-ATTENTION-LEAK"):
         learner_of(family)
 
@@ -85,14 +97,40 @@ def test_a_sliding_window_is_honoured(tmp_path, monkeypatch):
     batch = row((20,))
     true_loss, _ = oracle(folder, batch)
     assert learner_of(folder)(batch).item() == pytest.approx(true_loss, rel=1e-5)
-    monkeypatch.setattr(attention, "band", lambda length, window, device: torch.ones(length, length).tril().bool())
+    right = module.band
+    monkeypatch.setattr(
+        module, "band", lambda start, stop, first, window, device: right(start, stop, first, 99, device)
+    )
     assert learner_of(folder)(batch).item() != pytest.approx(true_loss, rel=1e-4), "the mutant sees too far"
 
 
-def test_flash_attention_that_is_not_installed_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(attention, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match="E-ATTENTION-MISSING"):
-        learner_of(tmp_path, attention="flash_attention_2")
+@pytest.mark.parametrize(
+    ("choice", "package"), [("flash_attention_2", "flash_attn"), ("flash_attention_3", "flash_attn_interface")]
+)
+def test_flash_attention_is_refused_before_the_model_is_read_where_it_cannot_be(tmp_path, choice, package, monkeypatch):
+    asked = []
+    monkeypatch.setattr(attention, "find_spec", lambda name: asked.append(name))
+    with pytest.raises(ModelError, match="E-ATTENTION-MISSING") as caught:
+        learner_of(tmp_path / "nothing", attention=choice, dtype="bfloat16")
+    assert asked == [package]
+    assert "is not installed" in caught.value.problems[0].found
+    assert 'or attention="auto"' in caught.value.problems[0].remedy
+    monkeypatch.setattr(attention, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelError, match="E-ATTENTION-MISSING") as caught:
+        learner_of(tmp_path / "nothing", attention=choice, dtype="bfloat16")
+    assert caught.value.problems[0].found == "no CUDA device"
+    with pytest.raises(ConfigError, match="E-ATTENTION-DTYPE"):
+        learner_of(tmp_path / "nothing", attention=choice, dtype="float32")
+
+
+@pytest.mark.parametrize("choice", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_gets_borders_and_the_longest_document(choice):
+    given = attention.arguments(choice, (3, 2), CPU)
+    assert {name: getattr(value, "tolist", lambda value=value: value)() for name, value in given.items()} == {
+        "cu_seq_lens_q": [0, 3, 5], "cu_seq_lens_k": [0, 3, 5], "max_length_q": 3, "max_length_k": 3,
+    }  # fmt: skip
+    assert given["cu_seq_lens_q"].dtype == torch.int32
 
 
 def test_half_precision_packs_apart_too(tmp_path):
@@ -102,47 +140,3 @@ def test_half_precision_packs_apart_too(tmp_path):
     assert torch.equal(one[:, :7], two[:, :7])
     assert torch.equal(one[:, 16:], two[:, 16:])
     assert not torch.equal(one[:, 7:16], two[:, 7:16])
-
-
-def test_the_kernel_gets_borders_and_windows(monkeypatch):
-    """On a GPU; here a stand-in for the kernel, in torch's two forms of it, is asked instead."""
-    import torch.nn.attention.varlen as varlen
-
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(1, heads, 10, 8) for heads in (4, 2, 2))
-    documents, window = (6, 4), 3
-
-    def with_groups(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
-    ):
-        assert enable_gqa
-        assert (max_q, max_k) == (6, 6)
-        assert cu_seq_q.tolist() == cu_seq_k.tolist() == [0, 6, 10]
-        return stand_in(query, key, value, cu_seq_q.tolist(), scale, window_size)
-
-    def without_groups(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-        assert query.shape[1] == key.shape[1]
-        return stand_in(query, key, value, cu_seq_q.tolist(), scale, window_size)
-
-    for kernel in (with_groups, without_groups):
-        monkeypatch.setattr(varlen, "varlen_attn", kernel)
-        attention.varlen_parameters.cache_clear()
-        for width in (None, window):
-            fast = attention.by_kernel(query, key, value, documents, width, 0.5)
-            slow = attention.by_document(query, key, value, documents, width, 0.5, 0.0)
-            torch.testing.assert_close(fast, slow)
-    attention.varlen_parameters.cache_clear()
-
-
-def stand_in(query_THD, key_TGD, value_TGD, borders, scale, window_size):
-    """Attention by its definition, places and heads one by one."""
-    out, times = torch.zeros_like(query_THD), query_THD.shape[1] // key_TGD.shape[1]
-    left, right = window_size
-    assert right == 0
-    for begin, end in pairwise(borders):
-        for place in range(begin, end):
-            first = begin if left < 0 else max(begin, place - left)
-            for head in range(query_THD.shape[1]):
-                keys, values = key_TGD[first : place + 1, head // times], value_TGD[first : place + 1, head // times]
-                out[place, head] = (keys @ query_THD[place, head] * scale).softmax(0) @ values
-    return out

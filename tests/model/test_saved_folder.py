@@ -81,6 +81,35 @@ def test_an_adapter_reloads_equal_through_plain_peft(tmp_path, fields, quant):
         assert (loaded(IDS).logits - logits(learner, IDS)).abs().max() <= 1e-5
 
 
+LIBRARIES_OWN = {
+    "tied": ({"tie_word_embeddings": True}, {}),
+    "frozen in part": ({}, {"freeze": ("*layers.0*",)}),
+    "lora": ({}, {"adapter": LoRA(rank=2)}),
+    "dora": ({}, {"adapter": LoRA(rank=2, dora=True)}),
+    "head": ({}, {"adapter": LoRA(rank=2, modules_to_save=("lm_head",))}),
+    "tokens": ({"tie_word_embeddings": True}, {"adapter": LoRA(rank=2), "new_tokens": ("<|call|>",)}),
+}
+
+
+@pytest.mark.parametrize("kind", LIBRARIES_OWN)
+def test_copies_are_written_as_the_libraries_write_the_live_model(kind, tmp_path):
+    llama, fields = LIBRARIES_OWN[kind]
+    learner = moved(learner_of(rig.tiny_llama(tmp_path / "base", **llama), **fields))
+    if learner.adapted:
+        learner.model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+        files = ["adapter_model.safetensors", "adapter_config.json"]
+    else:
+        learner.model.save_pretrained(tmp_path / "theirs")
+        files = ["model.safetensors"]
+    write = learner.saver({name: value.clone() for name, value in learner.changing().items()})
+    moved(learner)
+    write(tmp_path / "ours")
+    for name in files:
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
+    learner.save(tmp_path / "later")
+    assert (tmp_path / "later" / files[0]).read_bytes() != (tmp_path / "ours" / files[0]).read_bytes()
+
+
 def test_the_tokenizer_the_template_and_the_ends_travel(tmp_path):
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -127,7 +156,7 @@ def test_the_mutant_that_casts_each_of_two_tied_matrices_is_seen(tmp_path, monke
     learner.save(tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").stat().st_size
 
-    def untied(model, folder, dtype):
+    def untied(model, folder, dtype, values):
         state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
         model.save_pretrained(folder, state_dict=state)
 

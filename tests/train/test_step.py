@@ -124,7 +124,7 @@ def performed(world, monkeypatch=None, **more):
         return Problem("E-TRAIN-NONFINITE", f"{what} {value} {step}")
 
     loop.train(engine, feed, Constant(), (told.append,), start=0, seed=0, broken=broken)
-    return told[0], before, {name: p.detach() for name, p in learner.trainable()}
+    return told[0].read(), before, {name: p.detach() for name, p in learner.trainable()}
 
 
 def test_the_logged_loss_is_the_token_mean(world):
@@ -136,11 +136,11 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(world, monkeypatch):
     kept = SimpleNamespace(model=None)
     real = TorchEngine.step
 
-    def poisoned(self, factor):
+    def poisoned(self, *given):
         kept.before = {name: p.detach().clone() for name, p in self.learner.trainable()}
         kept.model = self.learner
         self.learner.trainable()[3][1].grad.view(-1)[0] = float("nan")
-        return real(self, factor)
+        return real(self, *given)
 
     monkeypatch.setattr(TorchEngine, "step", poisoned)
     with pytest.raises(TrainingStopped, match="E-TRAIN-NONFINITE"):

@@ -12,8 +12,12 @@ import time
 import pytest
 import world
 
+from finetuner.runtime.commit import verify
+
 KILLS = 20
 """Of them at least a quarter inside a save, which a fault point makes slow."""
+SLOW = ("fsync:0.05", None, "mkdir:0.2")
+"""A write that takes long, none, and one that begins long after its copy was taken: the steps go on meanwhile."""
 
 
 def start(config, **extra):
@@ -40,11 +44,11 @@ def killed_run(folder, kills, seed):
     draw, inside = random.Random(seed), 0
     config = folder / "config.py"
     for number in range(kills):
-        slow = number % 3 == 0
-        process = start(config, **({"FINETUNER_SLOW": "fsync:0.05"} if slow else {}))
+        slow = SLOW[number % 3]
+        process = start(config, **({"FINETUNER_SLOW": slow} if slow else {}))
         saved = checkpoints(folder)
         saving = lambda: any((folder / "out").glob(".tmp_checkpoint-*"))  # noqa: E731
-        if slow:
+        if slow == SLOW[0]:
             wait_for(saving, process)
             time.sleep(draw.uniform(0, 0.3))
         else:
@@ -113,3 +117,20 @@ def test_a_signal_saves_within_one_step(tmp_path, number, code):
     assert process.returncode == code, output
     [step] = checkpoints(tmp_path)
     assert world.losses(tmp_path / "out")[-1][0] == step
+
+
+def test_a_second_signal_ends_at_once_and_harms_no_checkpoint(tmp_path):
+    world.make(tmp_path, until="Steps(100000)", every=100000)
+    assert world.finetuner("train", "config.py", "until=Steps(2)", cwd=tmp_path).returncode == 0
+    process = start(tmp_path / "config.py", FINETUNER_SLOW="fsync:1")
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    wait_for(lambda: len(metrics.read_text().splitlines()) > 4, process)
+    process.send_signal(signal.SIGTERM)
+    wait_for(lambda: any((tmp_path / "out").glob(".tmp_checkpoint-*")), process)
+    before = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0].decode()
+    assert process.returncode == 143, output
+    assert time.monotonic() - before < 4, "it waited for the write"
+    assert checkpoints(tmp_path) == {2}
+    assert verify(tmp_path / "out" / "last") is None
