@@ -97,8 +97,8 @@ def test_each_layer_more_keeps_less(llama, method):
 )
 def test_the_probe_foretells_what_a_long_row_keeps(family, fields, tmp_path):
     learner = learner_of(folder_of(family, tmp_path), **fields)
-    stack, batch = layers.decoder_layers(learner.causal), row((256, 256, 256, 200))
-    foretold = probe.probe(learner, stack, 968)
+    stack, batch = layers.decoder_layers(learner.causal), row((256, 320, 256, 192))
+    foretold = probe.probe(learner, stack, 1024)
     with probe.switched(stack, checkpointed=False):
         plain = kept(learner, batch)
     with probe.switched(stack, checkpointed=True):
@@ -107,7 +107,7 @@ def test_the_probe_foretells_what_a_long_row_keeps(family, fields, tmp_path):
     casts = 2 * trained if "dtype" in fields else 0
     wanted = sum(layer.plain - layer.checkpointed for layer in foretold)
     assert wanted == pytest.approx(plain - checkpointed - casts, rel=0.03)  # the shared rotary tables are left out
-    assert all(layer.checkpointed == 968 * 32 * (2 if casts else 4) for layer in foretold)
+    assert all(layer.checkpointed == 1024 * 32 * (2 if casts else 4) for layer in foretold)
 
 
 def test_the_foretelling_notices_a_probe_without_squares(monkeypatch, tmp_path):

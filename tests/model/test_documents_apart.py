@@ -170,7 +170,8 @@ def test_documents_of_one_length_share_a_call_and_change_no_bit(dtype, monkeypat
     lengths = (40, 16, 16, 16, 3, 3, 40)
     together = drawn(lengths=lengths, dtype=dtype)
     out = by_document(*together, lengths, None, None, 0.0)
-    assert [(shape[0], shape[2]) for shape in shapes] == [(1, 40), (3, 16), (2, 3), (1, 40)]
+    whole = [(1, 40), (3, 16), (2, 3), (1, 40)] if dtype == torch.float32 else [(7, 64)]  # see `sizes.py`
+    assert [(shape[0], shape[2]) for shape in shapes] == whole
     alone = drawn(lengths=lengths, dtype=dtype)
     parts = [by_document(*part, (length,), None, None, 0.0) for length, part in zip(lengths, split(alone, lengths))]
     for result in (out, torch.cat(parts, 1)):

@@ -151,8 +151,14 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(world, monkeypatch):
 def test_a_loss_that_is_not_finite_is_told_before_the_update(world, monkeypatch):
     real = TorchEngine.accumulate
     monkeypatch.setattr(TorchEngine, "accumulate", lambda *a, **k: real(*a, **k) * float("inf"))
-    stepped = []
-    monkeypatch.setattr(TorchEngine, "step", lambda self, factor: stepped.append(1))
-    with pytest.raises(TrainingStopped):
+    kept = SimpleNamespace()
+    step = TorchEngine.step
+
+    def noted(self, *given):
+        kept.model, kept.before = self.learner, {name: p.detach().clone() for name, p in self.learner.trainable()}
+        return step(self, *given)
+
+    monkeypatch.setattr(TorchEngine, "step", noted)
+    with pytest.raises(TrainingStopped, match="the loss inf"):
         performed(world)
-    assert not stepped
+    assert all(torch.equal(kept.before[name], p) for name, p in kept.model.trainable())

@@ -276,7 +276,7 @@ WORKS = [
 @pytest.mark.parametrize("case", WRONG, ids=str)
 def test_wrong_data_gives_3_with_its_place_before_the_model_is_loaded(case, here, monkeypatch, capsys):
     case.wrong(here)
-    monkeypatch.setattr("finetuner.train.runner.build", None)
+    monkeypatch.setattr("finetuner.train.ready.build", None)
     code, err = bad.run(case.command, capsys)
     bad.check(case, code, err, exit_code=2 if case.code.startswith("E-CONFIG") else 3)
     assert not (here / "out" / "checkpoint-1").exists()

@@ -266,7 +266,7 @@ WORKS = [
 @pytest.mark.parametrize("case", EARLY, ids=str)
 def test_a_model_that_cannot_be_used_is_told_before_a_weight_is_read(case, here, monkeypatch, capsys):
     case.wrong(here)
-    monkeypatch.setattr("finetuner.train.runner.build", None)
+    monkeypatch.setattr("finetuner.train.ready.build", None)
     code, err = bad.run(case.command, capsys)
     bad.check(case, code, err, exit_code=2 if case.code == "E-TEMPLATE-NAME" else 4)
 

@@ -23,7 +23,7 @@ from finetuner.cli.main import main
 from finetuner.config.load import load
 from finetuner.generate.prompt import prompt_ids
 from finetuner.model.tokenizer import from_folder
-from finetuner.train import runner
+from finetuner.train import ready, runner
 
 ASKED, SAID = "who is Ada?", "a friend of Bo, and of Flo"
 CALLS = (
@@ -133,7 +133,7 @@ def travel(kind: str, folder: Path) -> Journey:
     held: dict[str, Any] = {}
 
     def holding(name: str) -> Any:
-        real = getattr(runner, name)
+        real = getattr(ready, name)
 
         def call(*args: Any, **options: Any) -> Any:
             held[name] = real(*args, **options)
@@ -146,7 +146,7 @@ def travel(kind: str, folder: Path) -> Journey:
     try:
         with pytest.MonkeyPatch.context() as patch:
             for name in ("build", "data_of"):
-                patch.setattr(runner, name, holding(name))
+                patch.setattr(ready, name, holding(name))
             assert runner.train(load("config.py", ())) == 0
         if kind in ADAPTED:
             assert main(["merge", "out", "merged"]) == 0
