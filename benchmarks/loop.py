@@ -18,20 +18,26 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from toy import CONFIG, write_tokenizer
 
 from finetuner import AdamW, BatchSize, CausalLM, Constant, Dialogues, Fresh, Json, Logs, Run, Steps
+from finetuner.data.ahead import Ahead
 from finetuner.data.feed import Feed
 from finetuner.data.packs import pack_samples
 from finetuner.data.samples import prepare
 from finetuner.data.steps import Plan
 from finetuner.engine.build import build_engine
+from finetuner.engine.speed import speed_of
+from finetuner.errors import Problem
 from finetuner.model.build import build
 from finetuner.model.tokenizer import encoder_spec, load_tokenizer
+from finetuner.model.work import work_of
 from finetuner.train.loop import train
 from finetuner.train.metrics import Metrics
+from finetuner.train.use import Use
 
 
 def rows(file: Path, count: int) -> None:
@@ -59,6 +65,10 @@ def bare(learner: torch.nn.Module, feed: Feed, optimizer: torch.optim.Optimizer)
     return time.perf_counter() - begin
 
 
+def unexpected(*what: Any) -> Problem:
+    raise AssertionError(what)
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -79,15 +89,17 @@ def main() -> None:
         feed = Feed(samples, Plan(pack_samples(samples, seed=0), run.batch.total, run.until, 0), 0, 1, 2)
         learner = build(run.model, torch.device("cpu"), dialogues=True).learner
         engine = build_engine(run, learner, torch.device("cpu"))
+        speed = speed_of(torch.device("cpu"), torch.float32)
         ours, plain, ratios = [], [], []
         for number in range(args.rounds + 1):
             plain_s = bare(learner, feed, engine.optimizer)
             with contextlib.redirect_stderr(io.StringIO()):
-                metrics = Metrics(run, folder, start=0, feed=feed)
+                use = Use(work_of(learner.model, learner.causal), speed)
+                plan = feed.plan
+                metrics = Metrics(run, folder, start=0, steps=plan.steps, steps_per_epoch=plan.steps_per_epoch, use=use)
                 begin = time.perf_counter()
-                train(
-                    engine, feed, run.schedule, (metrics,), start=0, seed=0, broken=lambda *what: AssertionError(what)
-                )
+                with Ahead(feed, pinned=False) as ahead:
+                    train(engine, ahead, run.schedule, (metrics,), start=0, seed=0, broken=unexpected)
                 ours_s = time.perf_counter() - begin
             if number:  # the first round warms up
                 ours.append(ours_s)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from finetuner.generate.answer import computing_in
+from finetuner.model.answering import computing_in
 
 TEXTS = ("Hello, who are you?", "The sum of 17 and 25 is", "春眠不觉晓，处处闻啼鸟。")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -25,7 +25,7 @@ def probes(tokenizer: PreTrainedTokenizerFast, new_ids: Sequence[int]) -> list[l
 def logits_of(model: nn.Module, probes: Sequence[Sequence[int]]) -> Tensor:
     """The float32 logits of all probes, one after the other: (places, vocabulary)."""
     device = next(model.parameters()).device
-    with computing_in(model):
+    with computing_in(model, None):
         rows = [model(input_ids=torch.tensor([list(ids)], device=device)).logits[0].float().cpu() for ids in probes]
     return torch.cat(rows)
 

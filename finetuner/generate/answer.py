@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from finetuner.errors import ModelError, Problem
 from finetuner.generate.prompt import prompt_ids
 from finetuner.generate.words import Words
-from finetuner.model import attention
+from finetuner.model.answering import answering
 from finetuner.model.quiet import quiet
 from finetuner.model.soundness import positions
 
@@ -46,11 +46,13 @@ def answer(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
+    compute: torch.dtype | None = None,
     stream: Callable[[str], None] | None = None,
 ) -> Answer:
     """The next turn of `messages` ({"role", "content"}); `stream` is given each piece of it as it comes.
 
-    Temperature 0 takes the likeliest token each time; above, `seed` makes the draw repeatable.
+    Temperature 0 takes the likeliest token each time; above, `seed` makes the draw repeatable. `compute` is what
+    training computes in, where the model trains.
 
     Raises:
         ModelError: the conversation fills the positions that the model has (E-ASK-LENGTH).
@@ -66,7 +68,11 @@ def answer(
     config = GenerationConfig(
         max_new_tokens=min(max_tokens, room), eos_token_id=list(stops), pad_token_id=padding, use_cache=True, **chosen
     )
-    with as_it_was(model, causal), same_random_numbers(secrets.randbits(63) if seed is None else seed), quiet():
+    with (
+        answering(model, causal, compute),
+        same_random_numbers(secrets.randbits(63) if seed is None else seed),
+        quiet(),
+    ):
         tokens_1T = torch.tensor([ids], device=causal.get_input_embeddings().weight.device)
         causal.generate(
             tokens_1T, attention_mask=torch.ones_like(tokens_1T), generation_config=config, streamer=words
@@ -96,36 +102,6 @@ def room_after(causal: PreTrainedModel, prompt: int) -> int:
                     fits=f"fewer than {limit}", remedy="begin anew (/reset in a chat), or say less at once")
         )  # fmt: skip
     return limit - prompt
-
-
-@contextmanager
-def as_it_was(model: nn.Module, causal: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and an attention that takes a cache, and afterwards each module's mode and the attention again.
-
-    No gradient, but not `inference_mode`: what a module keeps of a call (rope tables) must still serve training.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    attends, cached = causal.config._attn_implementation, causal.config.get_text_config().use_cache
-    model.eval()
-    if attends == attention.NAME:
-        causal.set_attn_implementation(attention.transformers_own(causal))
-    try:
-        with torch.no_grad(), computing_in(model):
-            yield
-    finally:
-        if attends == attention.NAME:
-            causal.set_attn_implementation(attends)
-        causal.config.get_text_config().use_cache = cached
-        for module, mode in modes:
-            module.training = mode
-
-
-def computing_in(model: nn.Module) -> torch.autocast:
-    """Autocast where float32 adapters lie beside narrower weights, as in training; else none."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1}
-    narrow = min(dtypes, key=lambda dtype: dtype.itemsize)
-    device = next(model.parameters()).device.type
-    return torch.autocast(device, narrow if len(dtypes) > 1 else None, enabled=len(dtypes) > 1)
 
 
 @contextmanager

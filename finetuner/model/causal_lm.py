@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from finetuner.data.batch import IGNORED, Batch
 from finetuner.errors import ModelError, Problem
 from finetuner.model import account, attention, compiled, save
+from finetuner.model.answering import answering
 from finetuner.model.head import log_probs, loss_sum, whole_log_probs, whole_loss_sum
 from finetuner.model.sizes import missing
 from finetuner.model.soundness import first_line
@@ -190,14 +191,8 @@ class CausalLearner(nn.Module):
     @contextmanager
     def answering(self) -> Iterator[PreTrainedModel]:
         """transformers' model ready to generate: evaluation mode, an attention that takes a cache; then as before."""
-        causal = self.causal
-        own = attention.transformers_own(causal) if self.attends == attention.NAME else self.attends
-        causal.set_attn_implementation(own)
-        try:
-            with self.evaluating(), self.uncompiled(), torch.no_grad(), self.autocast():
-                yield causal
-        finally:
-            causal.set_attn_implementation(self.attends)
+        with self.uncompiled(), answering(self.model, self.causal, self.compute):
+            yield self.causal
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Parameters that train, by name; tied ones once."""

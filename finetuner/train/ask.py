@@ -22,7 +22,10 @@ def ask_all(ask: Ask, learner: CausalLearner, tokenizer: Any, step: int, folder:
         for prompt in ask.prompts:
             system = [{"role": "system", "content": ask.system}] if ask.system else []
             messages = [*system, {"role": "user", "content": prompt}]
-            given = answer(learner.model, tokenizer, messages, max_tokens=ask.max_tokens, stops=stops)
+            with learner.uncompiled():
+                given = answer(
+                    learner.model, tokenizer, messages, max_tokens=ask.max_tokens, stops=stops, compute=learner.compute
+                )
             end = "" if given.stopped == "stop" else f" [cut at {ask.max_tokens} tokens]"
             lines.append(f"> {prompt}\n{given.text}{end}\n")
             say(f"step {step}  asked: {prompt}\n  {given.text}{end}")

@@ -217,4 +217,4 @@ def test_the_law_notices(llama, mutant, monkeypatch):
             return real(ctx, tile, grad, sums)
 
         monkeypatch.setattr(tiled, "gradients", last_only)
-    assert worst(learned(llama, tiled_mlp=8)[1], grads) > 1e-2
+    assert not worst(learned(llama, tiled_mlp=8)[1], grads) <= 1e-2  # what no tile writes may be no number

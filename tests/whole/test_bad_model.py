@@ -122,7 +122,12 @@ def seven_wide(held):
 START = lora('rank=4, alpha=8, targets=("q_proj",), start="adapter"')
 EARLY = [
     Case("22 rows longer than the positions", edit("length=96", "length=1024"), "E-LENGTH", ("data.length=512",)),
-    Case("24 flash attention", model('attention="flash_attention_2"'), "E-ATTENTION-MISSING", ("model.attention",)),
+    Case(
+        "24 flash attention",
+        edit('dtype="float32"', 'attention="flash_attention_2"'),
+        "E-ATTENTION-MISSING",
+        ("model.attention",),
+    ),
     Case("75 no folder", edit('"model",', '"./modle",'), "E-MODEL-PATH", ("./modle", "did you mean the folder model?")),
     Case("75 a file", edit('"model",', '"./text.txt",'), "E-MODEL-PATH", ("text.txt",)),
     Case(
