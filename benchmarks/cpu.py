@@ -108,8 +108,11 @@ def ratios(rounds: int, one: Callable[[], Any], other: Callable[[], Any]) -> tup
 
 
 def documents(sizes: Sizes) -> list[tuple[Tensor, Tensor]]:
-    """(tokens, labels) of chat-like documents: lognormal lengths of up to 1,024, about 40 % of the places learned."""
-    draw = np.random.default_rng(0)
+    """(tokens, labels) of chat-like documents: lognormal lengths of up to 1,024, about 40 % of the places learned.
+
+    In the order drawn, eight padded to the longest are 37 % full; sorted by length, 71 %.
+    """
+    draw = np.random.default_rng(2)
     made = []
     for length in np.clip(draw.lognormal(5.0, 0.9, sizes.documents), 16, 1024).astype(int):
         tokens = torch.from_numpy(draw.integers(3, sizes.vocabulary, length))

@@ -19,6 +19,7 @@ def main() -> None:
     from xtuner.utils import PROMPT_TEMPLATE
 
     tokenizer = AutoTokenizer.from_pretrained(given.model)
+    tokenizer.bos_token = tokenizer.eos_token  # it takes no tokenizer without one, except Qwen's
     rows = Dataset.from_list(read(given.rows))
     begin = time.time()
     process(

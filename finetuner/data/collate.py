@@ -19,9 +19,9 @@ def collate(samples: Samples, packs: Packs, numbers: Sequence[int]) -> Batch:
     """The packs of these numbers, one after another; for none, one token that teaches nothing, so that a rank without
     packs takes part in the step all the same."""
     slices = [np.arange(packs.bounds[pack], packs.bounds[pack + 1]) for pack in numbers]
-    chosen_S = np.concatenate(slices) if slices else np.zeros(0, np.int64)
-    if not len(chosen_S):
+    if not slices:
         return _batch(np.zeros(1, np.int64), np.full(1, -1), np.zeros(1, np.int64), (1,), ())
+    chosen_S = slices[0] if len(slices) == 1 else np.concatenate(slices)
     starts_S, stops_S, rows_S = packs.starts[chosen_S], packs.stops[chosen_S], packs.rows[chosen_S]
     lengths_S = stops_S - starts_S
     ends_S = np.cumsum(lengths_S)
