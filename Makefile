@@ -2,14 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# Built with the torch that is there, so not in the lock; no kernel is compiled.
+DEEPSPEED := 0.19.8
 
 .PHONY: env quickstart test sweep lint format clean
 
 env: $(READY)
 
-$(READY): requirements/lock.txt setup.py
+$(READY): requirements/lock.txt setup.py Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements/lock.txt
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation deepspeed==$(DEEPSPEED)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -3,6 +3,7 @@
 from finetuner.config.data import Csv, Dialogues, Documents, Hub, Json, Mix, Parquet, Skip, Text
 from finetuner.config.model import NF4, CausalLM, Fresh, LoRA
 from finetuner.config.run import (
+    FSDP,
     WSD,
     AdamW,
     Ask,
@@ -17,11 +18,13 @@ from finetuner.config.run import (
     Saves,
     Steps,
     Torch,
+    ZeRO,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FSDP",
     "NF4",
     "WSD",
     "AdamW",
@@ -49,4 +52,5 @@ __all__ = [
     "Steps",
     "Text",
     "Torch",
+    "ZeRO",
 ]

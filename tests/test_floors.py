@@ -30,7 +30,7 @@ FLOORS = {
 """The root, finetuner/__init__.py, re-exports the nouns of config/ and counts as a part of it."""
 
 OWNERS = {
-    "deepspeed": {"engine/deepspeed_engine.py"},
+    "deepspeed": {"engine/deepspeed_engine.py", "engine/zero_shards.py"},
     "peft": {"model/adapter.py", "export/merge.py"},
     "bitsandbytes": {"model/weights.py", "engine/optim.py"},
     "liger_kernel": {"model/kernels.py"},

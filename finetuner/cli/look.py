@@ -13,9 +13,12 @@ from pathlib import Path
 import finetuner
 from finetuner.cli.copying import copy_ready
 from finetuner.config.load import load
+from finetuner.config.mask import mask
 from finetuner.config.node import spot
 from finetuner.config.ready import ready
+from finetuner.config.run import Run, ZeRO
 from finetuner.config.write import to_json, to_source
+from finetuner.engine.zero import deepspeed_config
 from finetuner.errors import Problem, UsageError, nearest
 
 CONFIG_HELP = "a config file (.py; it is executed: it is your program), or the name of a ready config"
@@ -57,7 +60,17 @@ def show(args: Namespace) -> int:
         print(json.dumps(to_json(loaded.run), indent=2, ensure_ascii=False))
     else:
         print(to_source(loaded.run, about=f"{loaded.name}, resolved."), end="")
+        for line in for_deepspeed(loaded.run):
+            print(line)
     return 0
+
+
+def for_deepspeed(run: Run) -> list[str]:
+    """The config that DeepSpeed is given, as comments; nothing for another engine."""
+    if not isinstance(run.engine, ZeRO):
+        return []
+    text = json.dumps(mask(deepspeed_config(run)), indent=2)
+    return ["", "# What DeepSpeed is given:", *(f"# {line}" for line in text.splitlines())]
 
 
 def add_list(parser: ArgumentParser) -> None:

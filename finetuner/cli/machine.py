@@ -7,6 +7,8 @@ import errno
 from finetuner.errors import FinetunerError, Problem, TrainingStopped, UsageError
 
 LESS = "batch.per_device=1, a smaller data.length, model.checkpointing=True, an adapter, or model.quant=NF4()"
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe [", "gloo/transport")
+"""What gloo says, as a plain RuntimeError, of a process that it no longer reaches."""
 LIMITS = {
     errno.EMFILE: "raise the limit of open files: ulimit -n 4096",
     errno.ENFILE: "end other programs: the machine has no more open files to give",
@@ -27,6 +29,12 @@ def of_the_machine(error: Exception) -> FinetunerError | None:
     if no_room:
         found = str(error).split("\n")[0][:300]
         return TrainingStopped(Problem("E-MEMORY", "memory is full", found=found, fits="less at once", remedy=LESS))
+    if "DistError" in names or any(text in str(error) for text in LOST):
+        found, remedy = (
+            str(error).split("\n")[0][:300],
+            "see what that rank said: its machine's terminal, logs/rank-N.log",
+        )
+        return TrainingStopped(Problem("E-RANK-LOST", "another rank of the run has gone", found=found, remedy=remedy))
     if isinstance(error, OSError) and error.errno is not None:
         where = str(error.filename or "the operating system")
         remedy = LIMITS.get(error.errno, "see that it is there and yours, or give another; --debug shows where")

@@ -14,13 +14,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 import finetuner
 from finetuner.cli.machine import of_the_machine
 from finetuner.errors import FinetunerError, Problem, UsageError, nearest, printable
-from finetuner.runtime.ranks import rank
+from finetuner.runtime.log import tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +94,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = printable(f"{type(error).__name__}: {error}".partition("\n")[0])
         tell(f"unexpected error: {text}; this is a bug, run again with --debug to see where")
         return 1
-
-
-def tell(text: str) -> None:
-    """Says what is wrong; a rank that `--nproc` started leaves it to the launcher, which tells it once for all."""
-    if "FINETUNER_TOLD" in os.environ:
-        Path(os.environ["FINETUNER_TOLD"], f"rank-{rank()}.txt").write_text(text, encoding="utf-8")
-    else:
-        print(text, file=sys.stderr)
 
 
 def dispatch(words: Sequence[str]) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 
+from finetuner.cli import nodes
 from finetuner.config.load import load
 from finetuner.runtime import allocator
-from finetuner.runtime.ranks import world
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -21,19 +22,36 @@ def add(parser: argparse.ArgumentParser) -> None:
         "FOLDER is a checkpoint to go on from",
     )
     parser.add_argument("--folder", metavar="DIR", help="where the run is written (default: work_dirs/NAME)")
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes on this machine, one a GPU")
+    nodes.add(parser)
+    parser.add_argument(
+        "--hang-limit",
+        type=seconds,
+        metavar="SECONDS",
+        help="how long a step may take before its processes are taken to hang (default: 600; 0: as long as it likes)",
+    )
+
+
+def seconds(text: str) -> float:
+    """A duration; raises ArgumentTypeError where `text` is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds, 0 or more")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains; gives the exit code. The config is read before torch is imported, so that its errors come at once."""
     loaded = load(args.config, args.overrides)
-    if args.nproc != 1 and world() == 1:
+    if started := nodes.nodes_of(args):
         from finetuner.cli.launch import launch
         from finetuner.data.steps import accumulation
 
-        accumulation(loaded.run.batch, max(1, args.nproc))
-        return launch(args.nproc)
+        accumulation(loaded.run.batch, started.world)
+        return launch(started)
     allocator.set_before_torch()
     from finetuner.train.runner import train
 
-    return train(loaded, folder=args.folder, resume=args.resume)
+    return train(loaded, folder=args.folder, resume=args.resume, hang_limit=args.hang_limit)

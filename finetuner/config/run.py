@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from finetuner.config.data import Data, Dialogues, Documents, Mix
-from finetuner.config.model import CausalLM
+from finetuner.config.model import CausalLM, Fresh
 from finetuner.config.node import Node, node, refuse
 
 Name = Annotated[str, Field(min_length=1)]
@@ -105,7 +105,45 @@ class Torch(Node):
     """"auto" takes CUDA when there is one."""
 
 
-Engine = Torch
+@node
+class FSDP(Node):
+    """FSDP2, torch's own: weights, gradients and moments are cut over all processes; each layer is gathered in turn."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    reshard: bool = True
+    """Layers are let go after the forward pass and gathered again for the backward pass. False saves that traffic and
+    holds the whole model in between."""
+    offload: Literal["cpu"] | None = None
+    """"cpu" keeps what is cut in the host's memory, where the optimizer steps, too."""
+
+
+@node
+class ZeRO(Node):
+    """DeepSpeed's ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054): what the processes hold is cut among them.
+
+    Stage 0 cuts nothing, 1 the optimizer's state, 2 the gradients besides, 3 the weights besides, frozen ones too.
+    """
+
+    stage: Literal[0, 1, 2, 3] = 2
+    offload: Literal["cpu"] | None = None
+    """"cpu" keeps the optimizer's state in the host's memory, where it steps, too; stages 1 to 3."""
+    overrides: Mapping[str, Any] = Field(default_factory=dict)
+    """More of DeepSpeed's own config, such as {"zero_optimization": {"overlap_comm": True}}; what this run says already
+    is refused."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.offload is not None and self.stage == 0:
+            refuse(
+                "E-ZERO-OFFLOAD",
+                "stage 0 cuts nothing that could be offloaded",
+                found=f"stage=0, offload={self.offload!r}",
+                fits="stage=1, 2 or 3",
+                remedy="stage=2, or offload=None",
+            )
+
+
+Engine = Torch | FSDP | ZeRO
 
 
 @node
@@ -193,3 +231,40 @@ class Run(Node):
             )
         if self.eval is not None and self.eval.fraction is not None and isinstance(self.data, Mix):
             refuse("E-EVAL", "a fraction is held out of one data set, not of a Mix", remedy="give Eval(data=...)")
+        if isinstance(self.engine, FSDP):
+            self._check_fsdp()
+        if isinstance(self.engine, ZeRO):
+            self._check_zero(self.engine)
+
+    def _check_fsdp(self) -> None:
+        """Refuses what FSDP cannot cut, or is not known to compute the same."""
+        unfit = (
+            (self.model.quant is not None, "model.quant", "4-bit weights are packed with scales that cannot be cut"),
+            (self.optim.bits == 8, "optim.bits", "8-bit moments come in blocks that cannot be cut"),
+            (self.optim.paged, "optim.paged", "paged moments are not cut"),
+            (bool(self.model.compile), "model.compile", "compiled layers are not gathered"),
+            (self.model.fp8, "model.fp8", "fp8 layers are not gathered"),
+        )
+        for asked, field, what in unfit:
+            if asked:
+                remedy = f"leave {field} out, or engine=Torch()"
+                refuse("E-FSDP", f"FSDP: {what}", found=field, fits="engine=Torch()", remedy=remedy)
+
+    def _check_zero(self, zero: ZeRO) -> None:
+        """Refuses what DeepSpeed does not compute as the run says."""
+        sharded = zero.stage == 3
+        unfit = (
+            (self.optim.bits == 8, "optim.bits", "8-bit moments are not cut"),
+            (self.optim.paged, "optim.paged", 'paged moments are not cut; offload="cpu" is DeepSpeed\'s way'),
+            (sharded and self.model.quant is not None, "model.quant", "4-bit weights are packed and cannot be cut"),
+            (sharded and isinstance(self.model.path, Fresh), "model.path", "a Fresh model is made whole"),
+            (sharded and self.model.adapter is not None and self.model.adapter.dora, "model.adapter.dora",
+             "DoRA reads the weights beside their layers"),
+            (sharded and self.model.compile, "model.compile", "compiled layers are not gathered"),
+            (sharded and self.model.fp8, "model.fp8", "fp8 layers are not gathered"),
+            (sharded and bool(self.model.new_tokens), "model.new_tokens", "the cut embedding is not grown"),
+        )  # fmt: skip
+        for asked, field, what in unfit:
+            if asked:
+                fits = "engine=ZeRO(2)" if sharded and not field.startswith("optim") else "engine=Torch()"
+                refuse("E-ZERO", f"ZeRO({zero.stage}): {what}", found=field, fits=fits, remedy=f"{fits}, or no {field}")

@@ -38,10 +38,10 @@ def collate(samples: Samples, packs: Packs, numbers: Sequence[int]) -> Batch:
 
 
 def _batch(signed_T: Ints, next_T: Ints, positions_T: Ints, lengths: tuple[int, ...], rows: tuple[int, ...]) -> Batch:
-    """The batch of stored tokens: the id, or ~id, which as a target is none."""
+    """The batch of stored tokens: the id, or ~id, which as a target is none. Takes `next_T` for its own."""
     tokens_T = signed_T ^ (signed_T >> 63)
     no_target_T = next_T < 0
-    targets_T = np.where(no_target_T, IGNORED, next_T)
-    tokens_1T, targets_1T, positions_1T = (torch.from_numpy(x)[None] for x in (tokens_T, targets_T, positions_T))
+    np.putmask(next_T, no_target_T, IGNORED)
+    tokens_1T, targets_1T, positions_1T = (torch.from_numpy(x[None]) for x in (tokens_T, next_T, positions_T))
     learned = len(next_T) - int(np.count_nonzero(no_target_T))
     return Batch(tokens_1T, targets_1T, positions_1T, lengths, rows, learned)

@@ -48,5 +48,10 @@ class Feed:
 
 
 def validation_batches(samples: Samples, packs: Packs, rank: int, world: int) -> Sequence[Batch]:
-    """A rank's part of a validation set, one pack a batch; no pack stands in two parts."""
-    return [collate(samples, packs, (number,)) for number in range(rank, len(packs), world)]
+    """A rank's part of a validation set, one pack a batch; no pack stands in two parts.
+
+    As many batches on every rank, some perhaps with nothing to learn: ranks that share a model go through it together.
+    """
+    numbers = range(len(packs))
+    shared = [numbers[first : first + world] for first in range(0, len(packs), world)]
+    return [collate(samples, packs, few[rank : rank + 1]) for few in shared]

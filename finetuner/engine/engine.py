@@ -6,6 +6,7 @@ tokens of the whole step: how a step is cut into micro-batches, packs and ranks 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +29,8 @@ class Engine(Protocol):
     """Forward, backward and update of one learner."""
 
     learner: CausalLearner
+    together: bool
+    """Whether every rank must take part in each forward, as where each holds a shard of the weights."""
 
     def accumulate(self, batch: Batch, learned: int, *, last: bool) -> Tensor:
         """Adds the gradient of one micro-batch and gives its summed loss, detached.
@@ -60,9 +63,19 @@ class Engine(Protocol):
         ...
 
     def state(self) -> State:
-        """Trained weights in full precision and the optimizer's state, by name: the live tensors."""
+        """What this rank holds of the trained weights in full precision and of the optimizer's state, by name.
+
+        They are the live tensors, unless the engine must copy to give them. All ranks call it.
+        """
+        ...
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """What `learner.changing` gives, whole, on the main rank; nothing on the others. All ranks call it.
+
+        Sharded ones are gathered on the host, tensor by tensor.
+        """
         ...
 
     def load(self, folder: Path) -> None:
-        """Restores what `write_state` wrote of a `state`, bit for bit."""
+        """Restores what ranks of any engine wrote of a `state`, bit for bit. All ranks call it."""
         ...

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from finetuner.config.run import AdamW
 from finetuner.errors import ConfigError, Problem
+from finetuner.model.shards import shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def groups(model: nn.Module, trainable: Iterable[tuple[str, nn.Parameter]], opti
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     parted: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in named:
-        decays = parameter.ndim >= 2 and id(parameter) not in embeddings
+        decays = len(shape_of(parameter)) >= 2 and id(parameter) not in embeddings
         parted.setdefault((rate_of(name, optim), optim.weight_decay if decays else 0.0), []).append((name, parameter))
     return [Group(rate, decay, tuple(members)) for (rate, decay), members in parted.items()]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,14 +13,18 @@ from torch.nn.parallel import DistributedDataParallel
 from finetuner.config.run import AdamW
 from finetuner.data.batch import Batch
 from finetuner.engine.optim import build_optimizer, groups
-from finetuner.engine.state import State, load_state, state_of
+from finetuner.engine.restore import load_state
+from finetuner.engine.state import State, nothing, state_of
+from finetuner.engine.update import update
 from finetuner.engine.watch import LAG, Watch
 from finetuner.model.causal_lm import CausalLearner
-from finetuner.runtime.ranks import world
+from finetuner.runtime.ranks import is_main, world
 
 
 class TorchEngine:
-    """An `Engine` on one device of each rank; every rank holds the whole model."""
+    """An `Engine` on one device of each rank; every rank holds the whole model, and the main rank saves it."""
+
+    together = False
 
     def __init__(self, learner: CausalLearner, optim: AdamW, device: torch.device) -> None:
         self.learner = learner
@@ -47,21 +52,18 @@ class TorchEngine:
         parameters = [parameter for _, parameter in self._named]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self._watch.see(number, loss, norm)
-        if self._clip is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
-        if self._skips:
-            self.optimizer.found_inf = self._watch.spoiled  # type: ignore[attr-defined]
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["rate"] * factor
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        spoiled = self._watch.spoiled if self._skips else None
+        update(self.optimizer, parameters, norm, clip=self._clip, factor=factor, spoiled=spoiled)
         return norm
 
     def settle(self) -> None:
         self._watch.read()
 
     def state(self) -> State:
-        return state_of(self.optimizer, self.learner.masters())
+        return state_of(self.optimizer, self.learner.masters()) if is_main() else nothing()
+
+    def weights(self) -> Mapping[str, Tensor]:
+        return self.learner.changing() if is_main() else {}
 
     def load(self, folder: Path) -> None:
         self.learner.load_masters(load_state(folder, self.optimizer))

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from finetuner.model.shards import shape_of
+
 
 class Trains(NamedTuple):
     """Numbers of parameters."""
@@ -44,7 +46,7 @@ def dtype_table(model: nn.Module, causal: PreTrainedModel, compute: torch.dtype)
 
 def size(parameter: nn.Parameter) -> int:
     """Weights that the parameter stands for; of a 4-bit one there are two in each byte."""
-    return parameter.numel() * 2 if is_packed(parameter) else parameter.numel()
+    return parameter.numel() * 2 if is_packed(parameter) else shape_of(parameter).numel()
 
 
 def held_in(parameter: nn.Parameter) -> str:

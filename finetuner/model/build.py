@@ -20,6 +20,7 @@ from finetuner.model.folder import model_folder, read_config
 from finetuner.model.freeze import freeze
 from finetuner.model.fresh import fresh_config
 from finetuner.model.quiet import quiet
+from finetuner.model.shards import WHOLE, Shards
 from finetuner.model.sketch import check_parts
 from finetuner.model.soundness import check_length
 from finetuner.model.tiled import tile, tileable
@@ -34,8 +35,12 @@ class Built(NamedTuple):
     tokenizer: PreTrainedTokenizerFast
 
 
-def build(model: CausalLM, device: torch.device, *, dialogues: bool, tokens: int | None = None) -> Built:
+def build(
+    model: CausalLM, device: torch.device, *, dialogues: bool, tokens: int | None = None, shards: Shards = WHOLE
+) -> Built:
     """The learner on `device`; `dialogues` says whether a chat template is needed, `tokens` how long a row may be.
+
+    `shards` says how weights lie on the ranks.
 
     Raises: ModelError for all that would make the training another one than the config says.
     """
@@ -43,7 +48,7 @@ def build(model: CausalLM, device: torch.device, *, dialogues: bool, tokens: int
     attention.register()
     tokenizer = checked_tokenizer(model, 1, dialogues=dialogues)
     new_ids = add_tokens(tokenizer, model.new_tokens)
-    causal = load_weights(model, tokenizer, vocabulary_size(tokenizer), new_ids, device)
+    causal = load_weights(model, tokenizer, vocabulary_size(tokenizer), new_ids, device, shards)
     if isinstance(model.path, Fresh) or model.tokenizer is not None:
         check_family(tokenizer, causal.config)
     stored = torch.float32 if isinstance(model.path, Fresh) else stored_dtype(model_folder(model))
@@ -63,18 +68,22 @@ def build(model: CausalLM, device: torch.device, *, dialogues: bool, tokens: int
     else:
         causal.requires_grad_(True)
         freeze(causal, model.freeze)
-    learner = CausalLearner(
-        network,
-        tokenizer,
-        adapted=model.adapter is not None,
-        attends=attends,
-        compute=compute(model),
-        stored=stored,
-        neftune=model.neftune,
-    )
+    with shards.in_turn(network):
+        learner = CausalLearner(
+            network,
+            tokenizer,
+            adapted=model.adapter is not None,
+            attends=attends,
+            compute=compute(model),
+            stored=stored,
+            neftune=model.neftune,
+        )
     learner.train()
     if model.tiled_mlp is not None:
         tile(learner, model.tiled_mlp)
+    if shards.cuts and model.checkpointing == "auto":
+        say("checkpointing all layers: what a layer keeps is not measured where weights are cut")
+        tokens = None
     set_checkpointing(learner, model, tokens)
     if model.compile:
         assert tokens is not None, "compiled layers are for rows of one length"

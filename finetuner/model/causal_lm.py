@@ -13,6 +13,7 @@ Shapes: T tokens of the row, N learned places, D hidden size.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -28,6 +29,7 @@ from finetuner.errors import ModelError, Problem
 from finetuner.model import account, attention, compiled, save
 from finetuner.model.answering import answering
 from finetuner.model.head import log_probs, loss_sum, whole_log_probs, whole_loss_sum
+from finetuner.model.shards import shape_of
 from finetuner.model.sizes import missing
 from finetuner.model.soundness import first_line
 
@@ -52,6 +54,10 @@ class CausalLearner(nn.Module):
         self.adapted, self.attends, self.compute, self.stored, self.neftune = adapted, attends, compute, stored, neftune
         self.row: int | None = None
         """Tokens of every training row, where the layers are compiled."""
+        self.together = False
+        """Whether every rank must go through the model for every row, as where each holds a shard of the weights."""
+        self.whole: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        """In its block, modules can be called that an engine gathers along with this one and not by themselves."""
         try:
             self.causal.set_attn_implementation(attends)
         except (ValueError, ImportError) as error:
@@ -78,11 +84,11 @@ class CausalLearner(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the cross entropy over the learned places, a float32 scalar."""
-        return self.nothing() if batch.learned == 0 else self.learned(batch, each=False)
+        return self.nothing(batch) if batch.learned == 0 else self.learned(batch, each=False)
 
     def log_probs(self, batch: Batch) -> Tensor:
         """Log-probability of each learned token, in the row's order: N of float32."""
-        return self.nothing().expand(0) if batch.learned == 0 else self.learned(batch, each=True)
+        return self.nothing(batch).expand(0) if batch.learned == 0 else self.learned(batch, each=True)
 
     def learned(self, batch: Batch, *, each: bool) -> Tensor:
         """As `log_probs`, or as `forward`, of a row in which something is learned."""
@@ -119,8 +125,12 @@ class CausalLearner(nn.Module):
         embedded_1TD = self.causal.get_input_embeddings()(tokens_1T)
         return given | {"inputs_embeds": embedded_1TD + noise(embedded_1TD, batch.lengths, self.neftune)}
 
-    def nothing(self) -> Tensor:
-        """0, with a zero gradient for each trained parameter."""
+    def nothing(self, batch: Batch) -> Tensor:
+        """0, with a zero gradient for each trained parameter; through the model only where all ranks must."""
+        if self.together:
+            targets_1T = batch.targets_1T.clone()
+            targets_1T[0, 0] = batch.tokens_1T[0, 0]
+            return self.learned(dataclasses.replace(batch, targets_1T=targets_1T, learned=1), each=False) * 0.0
         parts = [parameter.flatten()[:1].float().sum() * 0.0 for _, parameter in self.trainable()]
         return torch.stack(parts).sum()
 
@@ -160,7 +170,9 @@ class CausalLearner(nn.Module):
         """What the model takes for a row of two documents of three words, or the other one first."""
         embedding, device = self.causal.get_input_embeddings(), self.device
         # From the middle of the vocabulary: at its ends stand tokens that may be nothing to the model, as padding is.
-        tokens_1T = torch.arange(6, device=device)[None].roll(3 if turned else 0, 1) + len(embedding.weight) // 2
+        tokens_1T = (
+            torch.arange(6, device=device)[None].roll(3 if turned else 0, 1) + shape_of(embedding.weight)[0] // 2
+        )
         positions_1T = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
         given = {"input_ids": tokens_1T, "position_ids": positions_1T, "use_cache": False}
         return given | attention.arguments(self.attends, (3, 3), device)
@@ -191,7 +203,7 @@ class CausalLearner(nn.Module):
     @contextmanager
     def answering(self) -> Iterator[PreTrainedModel]:
         """transformers' model ready to generate: evaluation mode, an attention that takes a cache; then as before."""
-        with self.uncompiled(), answering(self.model, self.causal, self.compute):
+        with self.uncompiled(), self.whole(), answering(self, self.causal, self.compute):
             yield self.causal
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
@@ -239,13 +251,14 @@ class CausalLearner(nn.Module):
         If they are copies, nothing that training or answering does meanwhile is seen in the folder.
         """
         still, beside = save.still(self.model, adapted=self.adapted), self.beside
+        own = {} if self.adapted else save.own_tensors(self.model)
 
         def write(folder: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             if self.adapted:
                 save.adapter(still, folder, values)
             else:
-                save.whole(still, folder, self.stored, values)
+                save.whole(still, folder, self.stored, values, own)
             for name, data in beside.items():
                 (folder / name).write_bytes(data)
             save.readable(folder)

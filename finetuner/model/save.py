@@ -52,20 +52,41 @@ def still(model: Any, *, adapted: bool) -> Any:
     return twin
 
 
-def whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype, values: Mapping[str, Tensor]) -> None:
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of the model's folder, by name: the parameters themselves, a tied one under each of its names."""
+    own: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    return own
+
+
+def whole(
+    model: PreTrainedModel,
+    folder: Path,
+    dtype: torch.dtype,
+    values: Mapping[str, Tensor],
+    own: Mapping[str, Tensor] | None = None,
+) -> None:
     """The weights in `dtype`, and the config, of a model that `still` gave; of what trains the `values`, by name.
+
+    `own` are its `own_tensors`. In another thread than training's they must be given: to ask a model that FSDP shards
+    for them lets go what the training has gathered.
 
     Raises: ModelError where a weight is no finite number, or too large for `dtype`.
     """
-    own = model.state_dict()
-    given = {place(own[name]): value for name, value in values.items()}
-    cast: dict[tuple[int, torch.Size], Tensor] = {}
+    # By identity ties are told: shards of a model, and one without memory, have no addresses.
+    own = own_tensors(model) if own is None else own
+    given = {id(own[name]): value for name, value in values.items()}
+    cast: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
     for name, tensor in own.items():
-        if place(tensor) not in cast:
-            value = given.get(place(tensor), tensor)
-            cast[place(tensor)] = value.to("cpu", dtype if value.is_floating_point() else None)
-        state[name] = cast[place(tensor)]
+        if id(tensor) not in cast:
+            value = given.get(id(tensor), tensor.detach())
+            if value.numel() == 0 or value.is_meta:
+                what, remedy = f"the weights are not here as a whole: {name}", "gather what ranks hold in shards"
+                raise ModelError(
+                    Problem("E-SAVE-EMPTY", what, str(folder), f"shape {list(value.shape)}", remedy=remedy)
+                )
+            cast[id(tensor)] = value.to("cpu", dtype if value.is_floating_point() else None)
+        state[name] = cast[id(tensor)]
     wrong = not_finite(state.items())
     if wrong:
         what = "weights are no finite numbers, or none that fit the model's dtype; nothing is saved"
@@ -75,11 +96,6 @@ def whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype, values: Mapp
         model.save_pretrained(folder, state_dict=state)
     # transformers notes the masters' float32
     write_json(folder / "config.json", portable_config(read_json(folder / "config.json"), dtype))
-
-
-def place(tensor: Tensor) -> tuple[int, torch.Size]:
-    """Where it lies: the same for tied matrices."""
-    return tensor.data_ptr(), tensor.shape
 
 
 def adapter(model: Any, folder: Path, values: Mapping[str, Tensor]) -> None:

@@ -44,7 +44,11 @@ def describe(item: Any) -> str:
 
 def check_finite(named: Iterable[tuple[str, Tensor]], where: str) -> None:
     """Refuses NaN and infinity in a base."""
-    wrong = not_finite(named)
+    check_names(not_finite(named), where)
+
+
+def check_names(wrong: list[str], where: str) -> None:
+    """Refuses a base in which the weights `wrong` are not finite."""
     if wrong:
         what, remedy = (
             "the model has weights that are no finite numbers",

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finetuner.config.model import LoRA
 from finetuner.errors import ModelError, Problem, nearest
+from finetuner.model.shards import shape_of
 
 
 def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -79,7 +80,7 @@ def plain_matrices(model: PreTrainedModel) -> list[str]:
         ".".join([*path.split(".")[-1:], name])
         for path, module in model.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim >= 2 and not isinstance(module, layers)
+        if len(shape_of(parameter)) >= 2 and not isinstance(module, layers)
     })  # fmt: skip
 
 

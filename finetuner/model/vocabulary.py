@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from finetuner.errors import ModelError, Problem
+from finetuner.model.shards import shape_of
 
 MULTIPLE = 8
 """To which a matrix that grows is padded, for the tensor cores' sake."""
@@ -21,7 +22,7 @@ def fit_vocabulary(model: PreTrainedModel, vocabulary: int, new_ids: tuple[int, 
     Raises: ModelError where ids that were not added have no row: the tokenizer is another model's.
     """
     embedding = model.get_input_embeddings()
-    rows = embedding.weight.shape[0]
+    rows = shape_of(embedding.weight)[0]
     known = min(new_ids, default=vocabulary)
     check_rows(known, rows)
     if not new_ids:

@@ -22,13 +22,28 @@ from finetuner.model import internlm2
 from finetuner.model.folder import model_folder, read_config, sizes, tensors
 from finetuner.model.fresh import make_fresh
 from finetuner.model.quiet import quiet
-from finetuner.model.soundness import check_finite, check_frequencies, check_keys, describe, first_line
+from finetuner.model.shards import WHOLE, Shards
+from finetuner.model.soundness import (
+    check_finite,
+    check_frequencies,
+    check_keys,
+    check_names,
+    describe,
+    first_line,
+    not_finite,
+)
 from finetuner.model.vocabulary import fit_vocabulary
+from finetuner.runtime.dist import gathered
 from finetuner.runtime.log import say
 
 
 def load_weights(
-    model: CausalLM, tokenizer: PreTrainedTokenizerFast, vocabulary: int, new_ids: tuple[int, ...], device: torch.device
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    vocabulary: int,
+    new_ids: tuple[int, ...],
+    device: torch.device,
+    shards: Shards = WHOLE,
 ) -> PreTrainedModel:
     """The model on `device`, with a row for each of the tokenizer's `vocabulary` ids; `new_ids` are those just added.
 
@@ -40,13 +55,17 @@ def load_weights(
     if model.remote_code is not None and needs_code(read_config(folder)):
         code = ", ".join(sorted(file.name for file in folder.glob("*.py")))
         say(f"runs the code of {model.path} at {model.remote_code}: {code}")
-    with quiet():
-        loaded, info = read_model(folder, model, device)
-    check_keys(info, folder)
+    with quiet(), shards.loading(storage(model)):
+        loaded, info = read_model(folder, model, device, cut=shards.cuts)
+    check_keys(together(info) if shards.cuts else info, folder)
     if model.quant is not None:
         check_packed(loaded, str(folder))
         keep_exact(loaded)
-    if model.quant is None:
+    if shards.cuts:
+        check_names(
+            sorted({name for names in gathered(not_finite(shards.held(loaded))) for name in names}), str(folder)
+        )
+    elif model.quant is None:
         check_finite(loaded.named_parameters(), str(folder))
     else:
         check_finite(tensors(folder), str(folder))
@@ -65,8 +84,16 @@ def compute(model: CausalLM) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[model.dtype]
 
 
-def read_model(folder: Path, model: CausalLM, device: torch.device) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model and transformers' account of its loading."""
+def together(info: dict[str, Any]) -> dict[str, Any]:
+    """What any rank has to say of the loading: only the main rank reads the files."""
+    told = gathered({key: sorted(map(describe, value)) for key, value in info.items()})
+    return {key: {item for one in told for item in one.get(key, ())} for key in info}
+
+
+def read_model(
+    folder: Path, model: CausalLM, device: torch.device, *, cut: bool = False
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model and transformers' account of its loading; `cut` where its weights go to several ranks."""
     options: dict[str, Any] = {
         "dtype": storage(model),
         "output_loading_info": True,
@@ -75,7 +102,7 @@ def read_model(folder: Path, model: CausalLM, device: torch.device) -> tuple[Pre
     }
     if model.quant is not None:
         options["quantization_config"] = four_bits(model.quant, compute(model))
-    if model.quant is not None or device.type != "cpu":
+    if not cut and (model.quant is not None or device.type != "cpu"):
         options["device_map"] = {"": device}
     config = read_hf_config(folder, model)
     try:

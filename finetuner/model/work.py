@@ -19,6 +19,8 @@ import numpy.typing as npt
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from finetuner.model.shards import shape_of
+
 FORWARD_AND_BACKWARD = 3.5
 
 
@@ -55,12 +57,13 @@ def work_of(model: nn.Module, causal: PreTrainedModel) -> Work:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             in_head = id(module) in heads
-            if parameter.ndim < 2 or (id(parameter) in embeddings and not in_head) or isinstance(module, nn.Embedding):
+            shape = shape_of(parameter)
+            if len(shape) < 2 or (id(parameter) in embeddings and not in_head) or isinstance(module, nn.Embedding):
                 continue
-            size = parameter.numel()
+            size = shape.numel()
             if isinstance(module, nn.Linear) and name == "weight":  # 4-bit weights do not show their size
                 size = module.in_features * module.out_features
-            if parameter.ndim == 3:
+            if len(shape) == 3:
                 size = int(size * chosen_share(config))
             cost = (6 if parameter.requires_grad else 4) * size
             per_learned, per_token = per_learned + cost * in_head, per_token + cost * (not in_head)

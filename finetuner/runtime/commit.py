@@ -26,7 +26,7 @@ from finetuner.runtime.disk import is_disk_full, told_full
 from finetuner.runtime.fault import fault
 from finetuner.runtime.manifest import MANIFEST, manifest_text, read_manifest, sha256_of, verify
 
-__all__ = ["MANIFEST", "commit_dir", "read_manifest", "remove_dir", "sweep", "verify", "write_file"]
+__all__ = ["MANIFEST", "commit_dir", "read_manifest", "remove_dir", "sweep", "unfinished", "verify", "write_file"]
 
 LEFTOVER = re.compile(r"\.(?P<kind>tmp|del)_(?P<name>.+)_(?P<pid>[0-9]+)", re.DOTALL)
 
@@ -48,10 +48,15 @@ def commit_dir(final: Path, *, meta: Mapping[str, Any] = MappingProxyType({})) -
     except BaseException as error:
         full = told_full(error, final.parent, temporary) if is_disk_full(error) else None
         if temporary.exists():
-            _delete(temporary)
+            _delete(_set_out(temporary))  # renamed first: other ranks may be writing into it
         if full is not None:
             raise full from error
         raise
+
+
+def unfinished(final: Path, pid: int) -> Path:
+    """The folder that process `pid` fills, and that `final` will be."""
+    return final.parent / f".tmp_{final.name}_{pid}"
 
 
 def sweep(parent: Path) -> list[Path]:
@@ -91,7 +96,7 @@ def _start(final: Path) -> Path:
                 remedy=f"remove the link {final}",
             )
         )
-    temporary = final.parent / f".tmp_{final.name}_{os.getpid()}"
+    temporary = unfinished(final, os.getpid())
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(temporary):

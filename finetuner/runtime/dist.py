@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
-from typing import Any, Literal
+import socket
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import DistError, DistNetworkError
-from torch.distributed.rendezvous import rendezvous
 
 from finetuner.errors import ConfigError, Problem, UsageError
 from finetuner.runtime.log import say
-from finetuner.runtime.ranks import local_rank, rank, world
+from finetuner.runtime.meeting import REMEDY, interface_towards, meet
+from finetuner.runtime.ranks import adopt, local_rank, rank, world
 
-JOIN = datetime.timedelta(seconds=60)
-"""How long the processes of a run wait for one another at the start."""
+Value = TypeVar("Value")
+
+LONGEST = datetime.timedelta(minutes=30)
+"""How long one rank waits in a collective for the others; `watchdog` tells a hang before, and who hangs."""
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
     """The device of this rank; CUDA asked for and not there is an error, never a quiet CPU run."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        # DeepSpeed, which accelerate imports wherever it is installed, else warns that it found no other.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError(
@@ -41,54 +46,44 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 def start(device: torch.device) -> None:
-    """Joins the group that the environment names; nothing to do for one process."""
+    """Joins the group that the environment names; nothing to do for one process. It is left at the process's end."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world() == 1 or dist.is_initialized():
+    if dist.is_initialized():
         return
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
+    adopt()
     if rank() >= world():
         what, found = "this rank is not one of the run's", f"RANK={rank()}, WORLD_SIZE={world()}"
         raise UsageError(Problem("E-RANKS", what, "the environment", found, f"RANK below {world()}", REMEDY))
+    if world() == 1:
+        return
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    store = meet()
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_towards(os.environ["MASTER_ADDR"])):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+        say(f"gloo speaks through {name}, by which {os.environ['MASTER_ADDR']} is reached (GLOO_SOCKET_IFNAME)")
     # Figures and flags are summed on the CPU, gradients where they lie.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    on_gpu = device.type == "cuda"
     dist.init_process_group(
-        backend, store=meet(), rank=rank(), world_size=world(), timeout=datetime.timedelta(minutes=30)
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank(),
+        world_size=world(),
+        timeout=LONGEST,
+        device_id=device if on_gpu else None,  # NCCL else guesses it, and connects only at the first collective
     )
+    atexit.register(end)
 
 
-REMEDY = "unset RANK and WORLD_SIZE for one process, or start all of them by --nproc or torchrun"
-
-
-def meet() -> Any:
-    """The store through which all processes of the run found one another.
-
-    Raises:
-        UsageError: E-PORT, the port is taken; E-RANKS, not all of them came in time.
-    """
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    say(f"{world()} processes meet at {place}, within {JOIN.seconds} s")
-    try:
-        store, _, _ = next(rendezvous("env://", rank(), world(), timeout=JOIN))
-        store.set(f"here/{rank()}", "")
-        store.wait([f"here/{number}" for number in range(world())], JOIN)
-    except DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise _alone(place) from error
-        what, remedy = "the port at which the processes meet is taken", "give another: MASTER_PORT=29501"
-        raise UsageError(
-            Problem("E-PORT", what, place, "another program listens there", "a free port", remedy)
-        ) from error
-    except (DistError, ValueError) as error:
-        raise _alone(place) from error
-    return store
-
-
-def _alone(place: str) -> UsageError:
-    what, found = "not all processes of the run came", f"RANK={rank()}, WORLD_SIZE={world()}"
-    fits = f"{world()} processes within {JOIN.seconds} s"
-    return UsageError(Problem("E-RANKS", what, place, found, fits, REMEDY))
+def alone() -> None:
+    """Sets the variables of a group of one, for packages that start only where a launcher has set them."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in (one | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}).items():
+        os.environ.setdefault(name, value)
 
 
 def end() -> None:
@@ -126,3 +121,12 @@ def same_everywhere(text: str) -> bool:
     texts: list[str | None] = [None] * world()
     dist.all_gather_object(texts, text)
     return len(set(texts)) == 1
+
+
+def gathered(value: Value) -> list[Value]:
+    """The `value` of each rank, in their order; small and picklable, as it goes through gloo."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Value] = [value] * world()
+    dist.all_gather_object(values, value)
+    return values

@@ -15,20 +15,24 @@ from finetuner.runtime.ranks import is_main
 
 
 def ask_all(ask: Ask, learner: CausalLearner, tokenizer: Any, step: int, folder: Path) -> None:
-    """Says the answers and writes them to `folder`/samples/step-N.txt. The main rank answers, the others wait."""
-    if is_main():
+    """Says the answers and writes them to `folder`/samples/step-N.txt.
+
+    The main rank answers while the others wait; where each holds a shard of the weights, all answer, in step.
+    """
+    if is_main() or learner.together:
         stops = stop_ids(tokenizer, learner.model.generation_config)
         lines = []
         for prompt in ask.prompts:
             system = [{"role": "system", "content": ask.system}] if ask.system else []
             messages = [*system, {"role": "user", "content": prompt}]
-            with learner.uncompiled():
+            with learner.uncompiled(), learner.whole():
                 given = answer(
                     learner.model, tokenizer, messages, max_tokens=ask.max_tokens, stops=stops, compute=learner.compute
                 )
             end = "" if given.stopped == "stop" else f" [cut at {ask.max_tokens} tokens]"
             lines.append(f"> {prompt}\n{given.text}{end}\n")
             say(f"step {step}  asked: {prompt}\n  {given.text}{end}")
+    if is_main():
         (folder / "samples").mkdir(exist_ok=True)
         (folder / "samples" / f"step-{step}.txt").write_text("\n".join(lines), encoding="utf-8")
     dist.barrier()

@@ -6,8 +6,10 @@
 - One thread does all that touches the disk, in this order, for one checkpoint after the other: a checkpoint is there as
   a whole before a link points to it and before an older one is deleted, as if training had waited.
 - What it cannot write ends the run at the next step, or at its end, with the error that a waiting run would end with.
-- Only the main rank writes, and its thread never talks to other ranks. Ranks meet at every step, so none runs ahead;
-  only at the end they wait for the write: the first to leave may take the job's machines along.
+- The main rank writes the weights and commits. Where ranks hold parts of the state, each has a thread that writes its
+  own into the same folder, and the main rank's waits for them: see `joint.py`. Only the ranks' main threads talk, when
+  they copy. Ranks meet at every step, so none runs ahead; only at the end they wait for the write: the first to leave
+  may take the job's machines along.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
+import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,11 +32,12 @@ from finetuner.config.run import Run
 from finetuner.engine import checkpoint
 from finetuner.engine.engine import Engine
 from finetuner.engine.snapshot import Copies
-from finetuner.engine.state import State, write_state
+from finetuner.engine.state import State, files, write_state
 from finetuner.model.identity import RECORD
-from finetuner.runtime import dist
+from finetuner.runtime import dist, joint
+from finetuner.runtime.commit import unfinished
 from finetuner.runtime.log import say
-from finetuner.runtime.ranks import is_main
+from finetuner.runtime.ranks import is_main, rank
 from finetuner.train.writer import Writer
 
 
@@ -49,15 +55,18 @@ class Checkpoints:
         Raises: what writing the one before raised; where the machine lacks the memory for a copy, this one.
         """
         self._writer.wait()
-        if not is_main():
+        state, values = self._engine.state(), self._engine.weights()
+        share = agreed(bool(state.parts))
+        if not is_main() and rank() not in share.holders:
             return
-        state, values = self._engine.state(), self._engine.learner.changing()
         in_background = self._run.save.background and self._have_room(state, values)
         if in_background:
             state, values = copied(self._copies, state, values)
-        job = functools.partial(
-            self._write, number, standing, best, state, self._engine.learner.saver(values), self._about()
-        )
+        if is_main():
+            save = self._engine.learner.saver(values)
+            job = functools.partial(self._write, number, standing, best, state, save, self._about(), share)
+        else:
+            job = functools.partial(contribute, self._folder / f"checkpoint-{number}", state, share)
         if in_background:
             self._writer.begin(job)
         else:
@@ -92,12 +101,20 @@ class Checkpoints:
         state: State,
         save: Callable[[Path], None],
         about: Mapping[str, Any],
+        share: Share,
     ) -> None:
         """Commits the checkpoint, then lets the links follow, then deletes what is old."""
 
         def fill(folder: Path) -> None:
+            others = [holder for holder in share.holders if holder != rank()]
+            if others:
+                (folder / "state").mkdir()
+                joint.begin(folder, share.token)
             save(folder)
-            write_state(folder / "state", state)
+            if rank() in share.holders:
+                write_state(folder / "state", state, *share.place)
+            if others:
+                joint.collect(folder, share.token, others)
             (folder / RECORD).write_text(json.dumps(about, indent=2), encoding="utf-8")
 
         path = checkpoint.write(self._folder, number, fill, {"run": self._identity, "standing": dict(standing)})
@@ -119,6 +136,43 @@ class Checkpoints:
             "dtype": model.dtype,
             "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How the ranks share in writing one checkpoint."""
+
+    holders: tuple[int, ...]
+    """Ranks that hold a part of the state."""
+    pid: int
+    """Of the main rank's process, after which the unfinished folder is named."""
+    token: str
+    """Of this checkpoint alone."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The how-manyth of how many holders this rank is."""
+        return self.holders.index(rank()), len(self.holders)
+
+
+def agreed(holds: bool) -> Share:
+    """The share of all ranks in a checkpoint, of which this one `holds` a part or not. All ranks call it."""
+    told = dist.gathered((holds, os.getpid(), secrets.token_hex(8)))
+    holders = tuple(number for number, (is_holder, _, _) in enumerate(told) if is_holder)
+    assert holders, "some rank holds the state"
+    return Share(holders, told[0][1], told[0][2])
+
+
+def contribute(final: Path, state: State, share: Share) -> None:
+    """Writes what this rank, which is not the main one, holds into the folder that will be `final`."""
+    own, count = share.place
+    names = [f"state/{name}" for name in files(own, count)]
+    fill = functools.partial(_fill, state=state, own=own, count=count)
+    joint.contribute(unfinished(final, share.pid), share.token, rank(), names, fill)
+
+
+def _fill(folder: Path, state: State, own: int, count: int) -> None:
+    write_state(folder / "state", state, own, count)
 
 
 def named(state: State, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from finetuner.config.run import Run, Steps
 from finetuner.runtime.log import say
+from finetuner.runtime.watchdog import phase
 from finetuner.train.checkpoints import Checkpoints
 from finetuner.train.loop import Step
 from finetuner.train.metrics import Metrics
@@ -64,12 +65,15 @@ class Milestones:
             step.read()  # nothing is judged or kept of a step that was not finite
         self._metrics.pause()
         if validating:
-            best, early = self._judge(number)
+            with phase("validation"):
+                best, early = self._judge(number)
         if saving or best or early:
             self.standing = dataclasses.replace(self.standing, finished=last or early)
-            self._checkpoints.save(number, dataclasses.asdict(self.standing), self.standing.best_step)
+            with phase("saving"):
+                self._checkpoints.save(number, dataclasses.asdict(self.standing), self.standing.best_step)
         if self._ask is not None and not halt and self._is_asking(number, saving or early):
-            self._ask(number)
+            with phase("answers"):
+                self._ask(number)
         self._metrics.go_on()
         return halt or early
 

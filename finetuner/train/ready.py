@@ -19,7 +19,7 @@ from finetuner.config.run import Run
 from finetuner.data.packs import pack_samples
 from finetuner.data.samples import Samples, prepare
 from finetuner.data.steps import Plan
-from finetuner.engine.build import build_engine
+from finetuner.engine.build import build_engine, shards_for
 from finetuner.engine.engine import Engine
 from finetuner.model.build import build, checked_tokenizer
 from finetuner.model.folder import model_folder
@@ -75,7 +75,8 @@ def engine_of(run: Run, device: torch.device) -> Engine:
     """The engine with its model on `device`; says what is held in what, and what trains."""
     seed_all(run.seed)
     tokens = run.data.length * run.batch.per_device
-    learner = build(run.model, device, dialogues=has_dialogues(run.data), tokens=tokens).learner
+    shards = shards_for(run, device)
+    learner = build(run.model, device, dialogues=has_dialogues(run.data), tokens=tokens, shards=shards).learner
     say("; ".join(f"{part}: {kind}" for part, kind in learner.dtype_table()))
     trains = learner.what_trains()
     say(f"{trains.trained:,} of {trains.all:,} parameters train")

@@ -24,6 +24,7 @@ from finetuner.data.packs import pack_samples
 from finetuner.data.report import write_report
 from finetuner.data.samples import Samples
 from finetuner.data.steps import accumulation
+from finetuner.engine.build import check_engine
 from finetuner.engine.checkpoint import check_place
 from finetuner.engine.engine import Engine
 from finetuner.engine.optim import check_optimizer
@@ -31,10 +32,10 @@ from finetuner.engine.speed import speed_of
 from finetuner.errors import ConfigError, Problem, UsageError
 from finetuner.model.build import check_device
 from finetuner.model.work import work_of
-from finetuner.runtime import allocator, dist
+from finetuner.runtime import allocator, dist, watchdog
 from finetuner.runtime.commit import sweep
 from finetuner.runtime.lock import lock
-from finetuner.runtime.log import drop, keep, say
+from finetuner.runtime.log import drop, keep, say, tracing
 from finetuner.runtime.ranks import is_main, rank, world
 from finetuner.train import record, trackers
 from finetuner.train.ask import ask_all
@@ -50,13 +51,14 @@ from finetuner.train.stop import Halt
 from finetuner.train.use import Use
 
 
-def train(loaded: Loaded, *, folder: str | None = None, resume: str = "auto") -> int:
+def train(loaded: Loaded, *, folder: str | None = None, resume: str = "auto", hang_limit: float | None = None) -> int:
     """Performs the run, or goes on with it; gives the exit code: 0, or 130 or 143 after a signal."""
     home = Path(folder or loaded.run.folder or Path("work_dirs") / loaded.name)
     device = dist.choose_device(loaded.run.engine.device)
     check_compute(loaded.run.model.dtype, device)
     check_device(loaded.run.model, device, loaded.run.data.length * loaded.run.batch.per_device)
     check_optimizer(loaded.run.optim, device)
+    check_engine(loaded.run, device)
     accumulation(loaded.run.batch, world())
     dist.start(device)
     check_same_config(loaded)
@@ -76,8 +78,12 @@ def train(loaded: Loaded, *, folder: str | None = None, resume: str = "auto") ->
             return 0
         handler = keep(home / "logs")
         try:
-            allocator.settle(device.type)
-            return perform(loaded, home, found, device)
+            limit = watchdog.LIMIT if hang_limit is None else hang_limit
+            with tracing(handler) as file, watchdog.watched(file, limit):
+                allocator.settle(device.type)
+                code = perform(loaded, home, found, device)
+            dist.barrier()  # rank 0 holds the store: it leaves when none needs it any more
+            return code
         finally:
             drop(handler)
 
@@ -121,7 +127,8 @@ def check_same_config(loaded: Loaded) -> None:
 def perform(loaded: Loaded, home: Path, found: Resume | None, device: torch.device) -> int:
     """The run's stages, from the data to the last step."""
     run, clock = loaded.run, Clock()
-    material = gather(run)
+    with watchdog.phase("the data"):
+        material = gather(run)
     plan = material.plan
     if found is not None:
         record.check_same(home, loaded, material.identity, material.base)
@@ -137,9 +144,10 @@ def perform(loaded: Loaded, home: Path, found: Resume | None, device: torch.devi
     going_on = f"; going on after step {found.step}" if found else ""
     say(f"{plan.steps} steps, {plan.steps_per_epoch} an epoch{going_on}")
     clock.ends("data")
-    engine = engine_of(run, device)
-    if found:
-        engine.load(found.path / "state")
+    with watchdog.phase("the model"):
+        engine = engine_of(run, device)
+        if found:
+            engine.load(found.path / "state")
     clock.ends("model")
     return steps(loaded, home, engine, material, found, clock)
 
@@ -168,7 +176,9 @@ def steps(loaded: Loaded, home: Path, engine: Engine, material: Material, found:
             if ask and start == 0 and run.ask and run.ask.every is None:
                 ask(0)
             use.begin()
-            loop(engine, ahead, run.schedule, (metrics, milestones), start=start, seed=run.seed, broken=broken)
+            with watchdog.phase("the first step"):
+                heard = (watchdog.stepped, metrics, milestones)
+                loop(engine, ahead, run.schedule, heard, start=start, seed=run.seed, broken=broken)
     finally:
         metrics.close()
     clock.ends("training")

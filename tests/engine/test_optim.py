@@ -10,7 +10,8 @@ from torch import nn
 from finetuner import AdamW, BatchSize, CausalLM, Dialogues, Json, LoRA, Run, Steps
 from finetuner.engine import optim as optim_module
 from finetuner.engine.optim import build_optimizer, by_bitsandbytes, check_optimizer, groups
-from finetuner.engine.state import load_state, load_weights, save_state
+from finetuner.engine.restore import load_state, load_weights
+from finetuner.engine.state import save_state
 from finetuner.errors import CheckpointError, ConfigError
 
 

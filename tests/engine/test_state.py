@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finetuner.engine import state
-from finetuner.engine.state import load_numbers, load_state, load_weights, save_state
+from finetuner.engine import restore
+from finetuner.engine.restore import give, load_state, load_weights
+from finetuner.engine.saved import open_state
+from finetuner.engine.state import named_parameters, save_state
 from finetuner.errors import CheckpointError
 
 
@@ -48,7 +50,7 @@ def saved(tmp_path: Path) -> Path:
 def went_on(order: str, folder: Path) -> dict[str, torch.Tensor]:
     learner = model(order)
     optim = optimizer(learner)
-    state.give(folder, load_state(folder, optim), masters(learner))
+    give(folder, load_state(folder, optim), masters(learner))
     step(learner, optim, 2)
     return masters(learner)
 
@@ -80,7 +82,7 @@ def test_state_follows_the_name_when_the_order_changes(saved: Path) -> None:
     learner = model("ba")
     optim = optimizer(learner)
     load_state(saved, optim)
-    for name, parameter, _ in state._named(optim):
+    for name, parameter, _ in named_parameters(optim):
         moments[name] = optim.state[parameter]["exp_avg"]
     assert all(torch.equal(load_file(saved / "optimizer.safetensors")[f"exp_avg/{n}"], m) for n, m in moments.items())
     assert all(torch.equal(value, went_on("ab", saved)[name]) for name, value in before.items())
@@ -93,14 +95,14 @@ def test_the_name_check_sees_matching_by_position(saved: Path, monkeypatch: pyte
 
     learner = model("ba")
     optim = optimizer(learner)
-    monkeypatch.setattr(state, "_named", by_position)
+    monkeypatch.setattr(restore, "named_parameters", by_position)
     load_state(saved, optim)
     tensors = load_file(saved / "optimizer.safetensors")
     assert not torch.equal(optim.state[learner["b"].weight]["exp_avg"], tensors["exp_avg/b.weight"])
 
 
 def test_numbers_come_back(saved: Path) -> None:
-    assert load_numbers(saved) == {"step": 7}
+    assert open_state(saved).numbers == {"step": 7}
 
 
 def test_a_state_before_the_first_step_is_empty_and_loads(tmp_path: Path) -> None:
@@ -147,7 +149,7 @@ def test_what_does_not_fit_is_refused_by_name(
     change(saved)
     learner = model()
     with pytest.raises(CheckpointError) as caught:
-        state.give(saved, load_state(saved, optimizer(learner)), masters(learner))
+        give(saved, load_state(saved, optimizer(learner)), masters(learner))
     assert code in str(caught.value)
     assert names in str(caught.value)
 
@@ -171,7 +173,7 @@ def test_tensors_that_share_memory_are_written(tmp_path: Path) -> None:
     optim = optimizer(learner)
     step(learner, optim, 1)
     shared = torch.ones(4)
-    for _, parameter, _ in state._named(optim):
+    for _, parameter, _ in named_parameters(optim):
         optim.state[parameter]["map"] = shared
     save_state(tmp_path, optim, masters(learner))
     load_state(tmp_path, optimizer(learner))

@@ -25,6 +25,11 @@ def counted(model: torch.nn.Module, learned: int) -> int:
     return counter.get_total_flops()
 
 
+def same(counted_: int, wanted: float) -> bool:
+    """Equal, but for the rotary table, which some versions of transformers make by a matrix product."""
+    return counted_ - wanted in (0, 2 * LENGTH * 4)
+
+
 def whole_squares(work: Work) -> float:
     """Eager attention computes the upper triangle as well: 4 H L^2 a layer forward, twice that backward."""
     return sum(12 * width * LENGTH * LENGTH for width, _ in work.layers)
@@ -34,7 +39,7 @@ def test_full_training_costs_what_torch_counts(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(rig.tiny_llama(tmp_path), attn_implementation="eager")
     work = work_of(model, model)
     wanted = work.per_token * LENGTH + work.per_learned * 5 + whole_squares(work)
-    assert counted(model, 5) == wanted
+    assert same(counted(model, 5), wanted)
 
 
 def test_adapters_cost_what_torch_counts(tmp_path: Path) -> None:
@@ -48,7 +53,7 @@ def test_adapters_cost_what_torch_counts(tmp_path: Path) -> None:
     spared = sum(2 * (part.base_layer.weight.numel() + part.lora_A["default"].weight.numel())
                  for part in (first.q_proj, first.k_proj, first.v_proj))  # fmt: skip
     wanted = work.per_token * LENGTH + work.per_learned * 5 + whole_squares(work) - spared * LENGTH
-    assert counted(adapted, 5) == wanted
+    assert same(counted(adapted, 5), wanted)
 
 
 def test_tied_heads_and_embeddings_are_counted_as_a_head_alone(tmp_path: Path) -> None:
@@ -57,7 +62,7 @@ def test_tied_heads_and_embeddings_are_counted_as_a_head_alone(tmp_path: Path) -
     )
     work = work_of(model, model)
     assert work.per_learned == 6 * model.lm_head.weight.numel()
-    assert counted(model, 5) == work.per_token * LENGTH + work.per_learned * 5 + whole_squares(work)
+    assert same(counted(model, 5), work.per_token * LENGTH + work.per_learned * 5 + whole_squares(work))
 
 
 @pytest.mark.parametrize(("window", "wanted"), [(None, 8 * 8 / 2 + 2 * 2 / 2), (2, 8 * 2 - 2 + 2 * 2 - 2), (64, 34.0)])

@@ -93,9 +93,9 @@ def test_two_runs_in_one_folder(here, capsys):
 @pytest.fixture
 def hurried(monkeypatch):
     """Ranks that wait two seconds for one another."""
-    from finetuner.runtime import dist
+    from finetuner.runtime import meeting
 
-    monkeypatch.setattr(dist, "JOIN", datetime.timedelta(seconds=2))
+    monkeypatch.setattr(meeting, "JOIN", datetime.timedelta(seconds=2))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -116,14 +116,14 @@ def hurried(monkeypatch):
     ],
 )
 def test_a_rank_that_is_left_alone_is_told_within_a_minute(rank, size, words, here, hurried, monkeypatch, capsys):
-    from finetuner.runtime import dist
+    from finetuner.runtime import meeting
 
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", size)
     code, err = bad.run(["train", "config.py", "batch.per_device=1"], capsys)
     bad.check(Case("alone", nothing, "E-RANKS", words), code, err, exit_code=2)
     monkeypatch.undo()
-    assert datetime.timedelta(seconds=60) >= dist.JOIN
+    assert datetime.timedelta(seconds=60) >= meeting.JOIN
 
 
 def test_a_port_that_is_taken(here, hurried, monkeypatch, capsys):
