@@ -156,7 +156,7 @@ def test_the_mutant_that_casts_each_of_two_tied_matrices_is_seen(tmp_path, monke
     learner.save(tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").stat().st_size
 
-    def untied(model, folder, dtype, values):
+    def untied(model, folder, dtype, values, own):
         state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
         model.save_pretrained(folder, state_dict=state)
 
