@@ -76,7 +76,8 @@ def children(parent):
 
 
 def kill_a_rank(folder, engine, draw, until):
-    """Starts two ranks, kills one of them at a random moment near a save, and waits for the launcher's end."""
+    """Starts two ranks, kills one of them at a random moment near a save, and waits for the launcher's end; whether one
+    was there to be killed."""
     command = [sys.executable, "-m", "finetuner", "train", "config.py", *map(str, TWO), ENGINES[engine], until]
     slow = draw.choice(["fsync:0.03", "rename:0.05", ""])
     environment = world.environment(**({"FINETUNER_SLOW": slow} if slow else {}))
@@ -95,6 +96,7 @@ def kill_a_rank(folder, engine, draw, until):
     said = process.communicate(timeout=90)[1].decode()
     assert (process.returncode != 0) == bool(ranks) or newest(folder) > before, said
     assert newest(folder) >= before, "a checkpoint was lost"
+    return bool(ranks)
 
 
 def is_rank(pid):
@@ -114,8 +116,8 @@ def outlive(engine, kills, tmp_path):
     wanted = world.losses(tmp_path / "out"), world.weights(tmp_path / "out")
     os.rename(tmp_path / "out", tmp_path / "unbroken")
     draw = random.Random(engine)
-    for _ in range(kills):
-        kill_a_rank(tmp_path, engine, draw, until)
+    hits = [kill_a_rank(tmp_path, engine, draw, until) for _ in range(kills)]
+    assert any(hits), "no kill has hit"
     done = world.finetuner("train", "config.py", *TWO, ENGINES[engine], until, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (world.losses(tmp_path / "out"), world.weights(tmp_path / "out")) == wanted
