@@ -26,7 +26,17 @@ from finetuner.runtime.disk import is_disk_full, told_full
 from finetuner.runtime.fault import fault
 from finetuner.runtime.manifest import MANIFEST, manifest_text, read_manifest, sha256_of, verify
 
-__all__ = ["MANIFEST", "commit_dir", "read_manifest", "remove_dir", "sweep", "unfinished", "verify", "write_file"]
+__all__ = [
+    "MANIFEST",
+    "commit_dir",
+    "fsync",
+    "read_manifest",
+    "remove_dir",
+    "sweep",
+    "unfinished",
+    "verify",
+    "write_file",
+]
 
 LEFTOVER = re.compile(r"\.(?P<kind>tmp|del)_(?P<name>.+)_(?P<pid>[0-9]+)", re.DOTALL)
 
@@ -132,7 +142,7 @@ def _seal(folder: Path, meta: Mapping[str, Any]) -> None:
             folders.append(path)
         elif stat.S_ISREG(kind):
             os.chmod(path, mode)
-            _fsync(path)
+            fsync(path)
             files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
         else:
             raise CheckpointError(
@@ -146,7 +156,7 @@ def _seal(folder: Path, meta: Mapping[str, Any]) -> None:
             )
     write_file(folder / MANIFEST, manifest_text(files, meta).encode())
     for inner in reversed(folders):
-        _fsync(inner)
+        fsync(inner)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -199,7 +209,7 @@ def _rename(source: Path, target: Path) -> None:
     fault("rename")
     os.rename(source, target)
     fault("rename")
-    _fsync(target.parent)
+    fsync(target.parent)
 
 
 def _delete(path: Path) -> None:
@@ -219,7 +229,8 @@ def _delete(path: Path) -> None:
     path.rmdir()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Waits until a file, or a folder's names, are on the disk."""
     fault("fsync")
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetuner.errors import CheckpointError, FinetunerError, Problem
-from finetuner.runtime.commit import write_file
+from finetuner.runtime.commit import fsync, write_file
 from finetuner.runtime.disk import is_disk_full, told_full
 from finetuner.runtime.fault import fault
 from finetuner.runtime.log import warn
@@ -68,7 +68,7 @@ def contribute(folder: Path, token: str, rank: int, names: Sequence[str], fill: 
     try:
         fill(folder)
         for name in names:
-            _fsync(folder / name)
+            fsync(folder / name)
         _mark(markers, rank, "done", {name: (folder / name).stat().st_size for name in names})
     except Exception as error:
         if not markers.is_dir():
@@ -122,12 +122,3 @@ def _silent(where: Path, found: str) -> CheckpointError:
     what, fits = "a checkpoint that several ranks write is not complete", "one folder that all ranks see"
     remedy = "give a folder on a disk that all machines share: --folder DIR; see the logs of the ranks"
     return CheckpointError(Problem("E-RANKS-WRITE", what, str(where), found, fits, remedy))
-
-
-def _fsync(path: Path) -> None:
-    fault("fsync")
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -177,15 +177,16 @@ CHILD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-import test_joint
+import test_joint_folder
 from finetuner.runtime import joint
 from finetuner.runtime.commit import sweep
 home = Path(sys.argv[1])
 if "hasty" in sys.argv:
     import shutil
     joint.collect = lambda folder, token, ranks: shutil.rmtree(folder / (".ranks-" + token))
+    joint.PATIENCE = 1.0  # the others wait for what is gone
 sweep(home)
-raised = test_joint.together(home, 2)
+raised = test_joint_folder.together(home, 2)
 sys.exit(str(raised) if raised else 0)
 """
 
